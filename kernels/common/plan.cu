@@ -1,0 +1,142 @@
+// Writes a schedule (schedule.h) for the lengths as they are in memory: one CTA, no host involved, so that it can be replayed
+// in a graph with other lengths.
+
+#include "math.cuh"
+#include "schedule.h"
+
+namespace mla {
+
+// The sum over the CTA, for every thread. `scratch` holds one value per warp.
+template <class T>
+__device__ T block_sum(T x, T* scratch) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  __syncthreads();  // the scratch of an earlier sum has been read
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();
+  T sum = 0;
+  for (int i = 0; i < kPlanThreads / 32; ++i) sum += scratch[i];
+  return sum;
+}
+
+// The sum over the threads before this one, and in `total` over all.
+__device__ int64_t block_prefix(int64_t x, int64_t* scratch, int64_t& total) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int64_t inclusive = x;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int64_t before = __shfl_up_sync(0xffffffffu, inclusive, step);
+    if (lane >= step) inclusive += before;
+  }
+  __syncthreads();
+  if (lane == 31) scratch[warp] = inclusive;
+  __syncthreads();
+  int64_t before_warp = 0;
+  total = 0;
+  for (int i = 0; i < kPlanThreads / 32; ++i) {
+    if (i < warp) before_warp += scratch[i];
+    total += scratch[i];
+  }
+  return before_warp + inclusive - x;
+}
+
+}  // namespace mla
+
+extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)
+    mla_plan(const __grid_constant__ mla::Lengths lengths, mla::schedule::Shape shape, int32_t num_workers,
+             mla::PlanHeader* out) {
+  using namespace mla;
+  __shared__ int64_t scratch[kPlanThreads / 32];
+  __shared__ int32_t max_row_blocks, num_splits;
+  __shared__ unsigned long long least_units, most_units;  // of one item
+  const int thread = threadIdx.x;
+  const schedule::PlanView plan = schedule::view(out, num_workers);
+  if (thread == 0) {
+    max_row_blocks = num_splits = 0;
+    least_units = ~0ull;
+    most_units = 0;
+  }
+  __syncthreads();
+
+  // The group size: what would all requests cost in bundles of 1, 2, ... row blocks?
+  int64_t units[schedule::kMaxGroupSize] = {};
+  for (int i = thread; i < lengths.num_requests; i += kPlanThreads) {
+    const schedule::Request request = schedule::request_at(lengths, shape, i);
+    if (request.row_blocks == 0) continue;
+    atomicMax(&max_row_blocks, request.row_blocks);
+    const auto own = static_cast<unsigned long long>(schedule::item_units(request, shape));
+    atomicMin(&least_units, own);
+    atomicMax(&most_units, own);
+#pragma unroll
+    for (int g = 1; g <= schedule::kMaxGroupSize; ++g) units[g - 1] += schedule::request_units(request, shape, g, 0);
+  }
+#pragma unroll
+  for (int g = 0; g < schedule::kMaxGroupSize; ++g) units[g] = block_sum(units[g], scratch);
+  const int32_t group_size = schedule::best_group_size(units, max_row_blocks, num_workers);
+  int64_t total_units = units[0];
+#pragma unroll
+  for (int g = 2; g <= schedule::kMaxGroupSize; ++g)
+    if (g == group_size) total_units = units[g - 1];
+  const int64_t common_units = least_units == most_units ? static_cast<int64_t>(most_units) : 0;
+  PlanHeader header = schedule::make_header(total_units, common_units, shape, group_size, num_workers);
+
+  // Where each request begins on the line of all items, and the number of its first item.
+  const int64_t max_pieces = schedule::max_pieces(lengths, shape, num_workers);
+  int64_t* first_unit = schedule::first_unit_of(plan, max_pieces);
+  int32_t* first_item = schedule::first_item_of(plan, max_pieces, lengths.num_requests);
+  int64_t units_before = 0, items_before = 0;
+  for (int first = 0; first < lengths.num_requests; first += kPlanThreads) {
+    const int i = first + thread;
+    int64_t own_units = 0, own_items = 0, chunk_units = 0, chunk_items = 0;
+    if (i < lengths.num_requests) {
+      const schedule::Request request = schedule::request_at(lengths, shape, i);
+      own_units = schedule::request_units(request, shape, group_size, header.item_span);
+      own_items = schedule::bundles(request, group_size);
+    }
+    const int64_t start = units_before + block_prefix(own_units, scratch, chunk_units);
+    const int64_t start_item = items_before + block_prefix(own_items, scratch, chunk_items);
+    if (i < lengths.num_requests) {
+      first_unit[i] = start;
+      first_item[i] = static_cast<int32_t>(start_item);
+    }
+    units_before += chunk_units;
+    items_before += chunk_items;
+  }
+  if (thread == 0) {
+    first_unit[lengths.num_requests] = units_before;
+    first_item[lengths.num_requests] = static_cast<int32_t>(items_before);
+  }
+  __syncthreads();  // first_unit and first_item are complete
+
+  auto item_at = [&](int64_t unit) { return schedule::item_at(lengths, shape, header, first_unit, unit); };
+  auto write_piece = [&](const schedule::Item& item, int g) {
+    const int64_t number = int64_t{schedule::item_number(item, first_item)} + g;
+    if (number < max_pieces)
+      plan.pieces[number] = schedule::make_piece(item, shape, header, g);  // else cu_seqlens_q overlaps
+    return static_cast<int32_t>(schedule::clamp<int64_t>(number, 0, max_pieces - 1));
+  };
+  // The first and the last piece of every group; a piece that is both is written twice, with the same words.
+  for (int worker = thread; worker < num_workers; worker += kPlanThreads) {
+    const int g = worker / group_size;
+    PlanWorker range{0, 0, worker % group_size, 0};
+    if (g < header.num_groups) {
+      const int64_t begin = g * header.units_per_group, end = min(begin + header.units_per_group, units_before);
+      range.first_piece = write_piece(item_at(begin), g);
+      range.end_piece = write_piece(item_at(end - 1), g) + 1;
+      SplitItem split;
+      // In any order: it changes which CTA combines an item, not what it computes.
+      if (range.member == 0 && end < units_before && schedule::make_split(item_at(end), shape, header, g, split))
+        plan.splits[atomicAdd(&num_splits, 1)] = split;
+    }
+    plan.workers[worker] = range;
+  }
+  // The first piece of every item: those between a group's first and last.
+  for (int64_t number = thread; number < items_before; number += kPlanThreads) {
+    const schedule::Item item =
+        schedule::numbered_item(lengths, shape, header, first_unit, first_item, static_cast<int32_t>(number));
+    write_piece(item, static_cast<int>(item.begin / header.units_per_group));
+  }
+  __syncthreads();  // num_splits is complete
+  header.num_splits = num_splits;
+  if (thread == 0) *plan.header = header;
+}

@@ -1,0 +1,120 @@
+// What the host passes to the kernels: plain structs, no CUDA headers, so that g++ and nvcc read the same bytes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace mla {
+
+// Division of 0 <= n < 2^31 by a divisor that only the launch knows, as a multiplication: n * multiplier >> shift.
+// With s = ceil(log2 divisor) and multiplier = ceil(2^(31 + s) / divisor) < 2^32 the error stays below one part in n.
+struct FastDivisor {
+  uint32_t multiplier;
+  uint32_t shift;
+};
+
+inline FastDivisor make_fast_divisor(int32_t divisor) {
+  uint32_t log2 = 0;
+  while ((int64_t{1} << log2) < divisor) ++log2;
+  const uint64_t unit = uint64_t{1} << (31 + log2), d = static_cast<uint64_t>(divisor);
+  return {static_cast<uint32_t>((unit + d - 1) / d), 31 + log2};
+}
+
+// Where element (request, token, head, 0) of a per-query tensor lies: data + request * batch + token * token + head * head.
+// Strides in elements. For a ragged tensor `batch` is 0 and `token` counts through the whole tensor.
+struct RowStrides {
+  int64_t batch, token, head;
+};
+
+// Where row (page, slot) of a paged cache lies: data + page * page + slot * token. Strides in elements.
+struct CacheStrides {
+  int64_t page, token;
+};
+
+// A schedule in device memory: this header, PlanWorker[num_workers], SplitItem[num_workers], then the pieces and what only the
+// planner reads. What the words mean and how large the whole is: common/schedule.h.
+struct PlanHeader {
+  int64_t units_per_group;
+  int64_t item_span;   // units from one item to the next; 0: as many as the item has
+  int32_t num_groups;  // that have work, at most num_workers / group_size
+  int32_t group_size;  // workers side by side on the same KV, one row block each
+  int32_t num_splits;  // valid SplitItems
+  int32_t reserved;
+};
+
+// What one CTA computes: pieces [first_piece, end_piece), of each the row block `member` of the bundle.
+struct PlanWorker {
+  int32_t first_piece, end_piece;
+  int32_t member;
+  int32_t reserved;
+};
+
+// A range of KV tiles of one item. Row and slot are those of member 0.
+struct Piece {
+  int32_t request;
+  int32_t first_token;  // of the request's query tokens, in the whole query
+  int32_t num_tokens;   // query tokens of the request
+  int32_t len;          // KV tokens of the request
+  int32_t first_row;    // of the request's packed rows: token * h_q + head
+  int32_t first_tile, end_tile;
+  int32_t partial_slot;  // -1: the piece is the whole item, its result is final
+};
+
+// An item whose KV several groups share, so that their partial results must be combined.
+struct SplitItem {
+  int32_t request, first_token, num_tokens, first_row;  // as in Piece
+  int32_t first_group, last_group;
+  int32_t reserved[2];
+};
+
+// What is attended to: the part of a problem that a schedule depends on.
+struct Lengths {
+  const int32_t* seq_lens;      // [num_requests], clamped to [0, max_len]
+  const int32_t* cu_seqlens_q;  // [num_requests + 1], or null: every request has s_q query tokens
+  int32_t num_requests;
+  int32_t s_q;      // query tokens of each request; unused when ragged
+  int32_t total_q;  // query tokens of all requests
+  int32_t h_q;
+  int64_t max_len;  // tokens that a row of the block table reaches
+};
+
+struct DecodeParams {
+  Lengths lengths;
+
+  // Query rows: d_v columns of q_nope, then d_qk - d_v of q_rope.
+  const void* q_nope;
+  const void* q_rope;
+  RowStrides q_nope_strides, q_rope_strides;
+
+  // Cache rows: d_v columns of latent, then d_qk - d_v of rope.
+  const void* latent;
+  const void* rope;
+  CacheStrides latent_strides, rope_strides;
+  const int32_t* block_table;  // [num_requests, max_pages]
+  int64_t block_table_stride;  // elements between requests
+  int32_t num_pages;           // in the pool; page ids are clamped to it
+  int32_t page_size;
+
+  void* out;  // [.., h_q, d_v]
+  RowStrides out_strides;
+  float* lse;  // [.., h_q] or null, natural logarithm
+  RowStrides lse_strides;
+
+  float scale_log2;  // softmax scale * log2(e)
+  int32_t causal;    // bottom-right aligned
+
+  FastDivisor by_page_size, by_h_q;  // filled in by the launch
+
+  const PlanHeader* plan;  // lengths as they were when it was made; num_workers as here
+  int32_t num_workers;     // CTAs of the grid
+  float* o_partial;        // [2 * num_workers, block_rows, d_v]
+  float* lse2_partial;     // [2 * num_workers, block_rows], base 2
+};
+
+// Launch shapes of the two small kernels; those of the pipelines are in variants.inc.
+constexpr int kPlanThreads = 512;  // one CTA; the sums over group sizes need more registers than 1024 threads have
+constexpr int kCombineThreads = 256, kCombineCtasPerWorker = 8;  // as many as an SM holds
+
+static_assert(sizeof(PlanHeader) == 32 && sizeof(PlanWorker) == 16 && sizeof(Piece) == 32 && sizeof(SplitItem) == 32);
+
+}  // namespace mla

@@ -1,0 +1,26 @@
+"""Multi-head latent attention (MLA) decode for NVIDIA GPUs and the CPU."""
+
+from .api import decode
+from .dispatch import use_variant
+from .errors import CudaError, UnsupportedError
+from .explain import explain
+from .info import info, version
+from .plan import Plan, plan
+from .preload import preload
+from .variants import variants
+
+__version__ = version()
+
+__all__ = [
+    "CudaError",
+    "Plan",
+    "UnsupportedError",
+    "__version__",
+    "decode",
+    "explain",
+    "info",
+    "plan",
+    "preload",
+    "use_variant",
+    "variants",
+]

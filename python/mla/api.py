@@ -1,0 +1,206 @@
+"""`decode`, which reads as the way of the data: tensors, problem, variant, plan, launch."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Literal, overload
+
+from torch import Tensor
+
+from . import cpu, launch, log, outputs, validate
+from . import workspace as workspaces
+from .checks import wrong
+from .device import Device, facts
+from .dispatch import choose, forced
+from .explain import of_problem
+from .inputs import Inputs, TensorOrPair
+from .plan import Plan
+from .problem import Problem
+from .variants import Variant
+
+
+@overload
+def decode(
+    q: TensorOrPair,
+    kv_cache: TensorOrPair,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    cu_seqlens_q: Tensor | None = None,
+    d_v: int | None = None,
+    return_lse: Literal[False] = False,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    plan: Plan | None = None,
+    workspace: Tensor | None = None,
+    variant: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def decode(
+    q: TensorOrPair,
+    kv_cache: TensorOrPair,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    cu_seqlens_q: Tensor | None = None,
+    d_v: int | None = None,
+    return_lse: Literal[True],
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    plan: Plan | None = None,
+    workspace: Tensor | None = None,
+    variant: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def decode(
+    q: TensorOrPair,
+    kv_cache: TensorOrPair,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    cu_seqlens_q: Tensor | None = None,
+    d_v: int | None = None,
+    return_lse: bool,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    plan: Plan | None = None,
+    workspace: Tensor | None = None,
+    variant: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+def decode(
+    q: TensorOrPair,
+    kv_cache: TensorOrPair,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    cu_seqlens_q: Tensor | None = None,
+    d_v: int | None = None,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    plan: Plan | None = None,
+    workspace: Tensor | None = None,
+    variant: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Absorbed MLA attention of a few query tokens per request over a paged latent cache.
+
+    q: bf16 or fp16 [b, s_q, h_q, d_qk], or ragged [tokens, h_q, d_qk] with `cu_seqlens_q`; or the
+        pair (q_nope, q_rope) of its first d_v columns and the rest.
+    kv_cache: of the same dtype, [pages, page_size, d_qk] or [pages, page_size, 1, d_qk]; or the
+        pair (latent, rope). Rows of q and cache have unit stride and start at multiples of 16
+        bytes; all other strides are free.
+    block_table: int32 [b, max_pages], the pages of each request in order. Entries past a request's
+        last page are ignored.
+    seq_lens: int32 [b], KV tokens of each request, the query's own included. May be zero.
+    scale: of the logits. Models fold their YaRN factor into it, so there is no default.
+    causal: the last query token of a request sees all its KV tokens, each one before it one fewer.
+    cu_seqlens_q: int32 [b + 1], where each request's query tokens begin and end, from 0 to tokens.
+    d_v: columns of the values. It follows from d_qk, as `mla.variants()` lists them; another is a
+        ValueError.
+    out: [b, s_q, h_q, d_v] or [tokens, h_q, d_v] in q's dtype, to write to. Overlapping no input.
+    lse: float32 [b, s_q, h_q] or [tokens, h_q], to write to, with any strides. Written whenever it
+        is given.
+    plan: of `mla.plan`, for calls that share lengths and sizes.
+    workspace: uint8 scratch memory of the caller's; the error for a small one says how many bytes
+        are needed.
+    variant: a pipeline or a variant to force; `mla.variants()` lists them.
+
+    Returns out, or (out, lse) with `return_lse`: lse is the natural logarithm of the sum of
+    exp(scaled logits). Rows that see no token give out = 0 and lse = -inf. Query tokens that
+    `cu_seqlens_q` gives to no request are left undefined.
+
+    Everything runs on the current stream of q's device, without synchronisation, and can be
+    captured in a CUDA graph and replayed with other values in all tensors. Lengths, page ids and
+    `cu_seqlens_q` are clamped to what the tensors hold; under MLA_VALIDATE=1 they are checked
+    instead, which synchronises.
+
+    Raises TypeError and ValueError for arguments that do not fit, UnsupportedError if no variant or
+    not the forced one can run the call, CudaError if the driver refuses.
+    """
+    inputs = Inputs.of(q, kv_cache, block_table, seq_lens, cu_seqlens_q)
+    problem = Problem.from_tensors(inputs, d_v)
+    scale = _number(scale)
+    target = inputs.q.device
+    device = facts(target)
+    request = forced(variant)
+    if plan is None:
+        chosen = choose(problem, device, request)
+    else:
+        if not isinstance(plan, Plan):
+            raise TypeError(f"plan: got {type(plan).__name__}, expected an mla.Plan")
+        plan.check_fits(problem, target, request)
+        chosen = plan.variant
+    if workspace is not None:
+        needed = workspaces.bytes_needed(chosen, problem, device.sm_count, plan is not None)
+        workspaces.check(workspace, needed, target)
+    out, lse = outputs.prepare(problem, inputs, out, lse, return_lse, workspace)
+    if validate.wanted() and not (target.type == "cuda" and launch.capturing(target)):
+        validate.check_values(inputs, problem)
+    if log.dispatch_wanted():
+        _log_choice(problem, device, chosen, variant)
+
+    max_len = problem.max_len if plan is None else min(plan.max_len, problem.max_len)
+    if problem.b == 0 or problem.total_q == 0 or max_len == 0 or inputs.kv.shape[0] == 0:
+        outputs.fill_empty(out, lse)
+    elif chosen.on_host:
+        cpu.decode(problem, inputs, out, lse, scale=scale, causal=causal, max_len=max_len)
+    else:
+        launch.decode(
+            chosen,
+            problem,
+            inputs,
+            out,
+            lse,
+            scale=scale,
+            causal=causal,
+            num_workers=device.sm_count,
+            schedule=None if plan is None else plan.schedule,
+            max_len=max_len,
+            workspace=workspace,
+        )
+    return (out, lse) if return_lse and lse is not None else out
+
+
+def _number(scale: object) -> float:
+    if isinstance(scale, Tensor):  # has __float__, which would wait for the device
+        raise TypeError("scale: got a torch.Tensor, expected a number")
+    if not isinstance(scale, Real):
+        raise TypeError(f"scale: got {scale!r}, expected a number")
+    if not math.isfinite(scale):
+        raise wrong("scale", scale, "a finite number")
+    return float(scale)
+
+
+def _log_choice(problem: Problem, device: Device, chosen: Variant, variant: str | None) -> None:
+    kind = (
+        problem.h_q,
+        problem.s_q,
+        problem.ragged,
+        problem.d_qk,
+        problem.dtype,
+        problem.page_size,
+    )
+    log.once((device, chosen.name, kind), lambda: _choice_line(problem, device, chosen, variant))
+
+
+def _choice_line(problem: Problem, device: Device, chosen: Variant, variant: str | None) -> str:
+    explanation = of_problem(problem, device, variant)
+    what = (
+        explanation.headline() if explanation.variant == chosen else f"{chosen.name} (by its plan)"
+    )
+    return f"{what} on {device} for {problem}"

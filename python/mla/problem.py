@@ -1,0 +1,109 @@
+"""What a call asks for in numbers: all that the choice of a variant depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from . import _mla
+from .checks import D_V, DTYPES, INT32_MAX, check_dims, check_size, dtype_name, wrong
+from .inputs import Inputs
+
+# Of all requests. Kernels count them in int32, rounded up to whole row blocks: by less than this.
+MAX_ROWS = INT32_MAX - 1023
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The sizes of one decode call."""
+
+    b: int  # requests
+    s_q: int  # query tokens of each request; 0 when ragged
+    total_q: int  # query tokens of all requests
+    h_q: int
+    d_qk: int
+    d_v: int
+    dtype: torch.dtype
+    page_size: int
+    max_pages: int  # columns of the block table
+    ragged: bool = False
+
+    def __post_init__(self) -> None:
+        if self.b > INT32_MAX:
+            raise wrong("seq_lens", f"{self.b} requests", "fewer than 2^31")
+        tokens = max(self.s_q, self.total_q)
+        if tokens * self.h_q > MAX_ROWS:
+            got = f"{tokens} query tokens of {self.h_q} heads"
+            raise wrong("q", got, f"at most {MAX_ROWS} query rows (token, head)")
+
+    @property
+    def max_len(self) -> int:
+        """KV tokens that a row of the block table reaches, or kernels can count."""
+        return min(self.max_pages * self.page_size, _mla.MAX_LEN)
+
+    @property
+    def rows(self) -> int:
+        """Query rows (token, head) of a request; the average when they are ragged."""
+        return -(-self.total_q * self.h_q // max(self.b, 1))
+
+    @classmethod
+    def from_tensors(cls, inputs: Inputs, d_v: int | None = None) -> Problem:
+        """The problem of a call. Checks all that needs no tensor's values.
+
+        Raises TypeError for a wrong type or dtype, ValueError for the rest.
+        """
+        inputs.check(d_v)
+        q, ragged = inputs.q, inputs.cu_seqlens_q is not None
+        return cls(
+            b=inputs.seq_lens.shape[0],
+            s_q=0 if ragged else q.shape[1],
+            total_q=q.shape[0] if ragged else q.shape[0] * q.shape[1],
+            h_q=q.shape[-2],
+            d_qk=inputs.d_qk,
+            d_v=D_V[inputs.d_qk],
+            dtype=q.dtype,
+            page_size=inputs.kv.shape[1],
+            max_pages=inputs.block_table.shape[1],
+            ragged=ragged,
+        )
+
+    @classmethod
+    def from_sizes(
+        cls,
+        *,
+        b: int,
+        h_q: int,
+        d_qk: int,
+        dtype: torch.dtype,
+        page_size: int,
+        max_pages: int,
+        s_q: int = 1,
+        total_q: int | None = None,
+        d_v: int | None = None,
+    ) -> Problem:
+        """A problem without tensors. A `total_q` makes the query ragged and `s_q` meaningless."""
+        ragged = total_q is not None
+        b = check_size("b", b, 0)
+        s_q = 0 if ragged else check_size("s_q", s_q, 0)
+        dtype_name(dtype)
+        check_dims("d_qk", d_qk, d_v)
+        return cls(
+            b=b,
+            s_q=s_q,
+            total_q=b * s_q if total_q is None else check_size("total_q", total_q, 0),
+            h_q=check_size("h_q", h_q, 1),
+            d_qk=d_qk,
+            d_v=D_V[d_qk],
+            dtype=dtype,
+            page_size=check_size("page_size", page_size, 1),
+            max_pages=check_size("max_pages", max_pages, 0),
+            ragged=ragged,
+        )
+
+    def __str__(self) -> str:
+        query = f"{self.total_q} ragged query tokens" if self.ragged else f"s_q={self.s_q}"
+        return (
+            f"b={self.b}, {query}, h_q={self.h_q}, up to {self.max_len} KV tokens, "
+            f"page_size={self.page_size}, d_qk={self.d_qk}, d_v={self.d_v}, {DTYPES[self.dtype]}"
+        )

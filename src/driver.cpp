@@ -1,0 +1,128 @@
+#include "driver.h"
+
+#include <dlfcn.h>
+
+#include <map>
+#include <mutex>
+
+namespace mla {
+namespace {
+
+struct LoadedDriver {
+  Driver calls;
+  int version = 0;
+  std::string problem;
+};
+
+std::string describe(int version) { return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10); }
+
+std::string needed_driver() {
+  return "mla needs an NVIDIA driver >= " + std::to_string(MLA_MIN_DRIVER) + " (CUDA " + describe(MLA_MIN_CUDA) +
+         ") to run on a GPU";
+}
+
+std::string failure_text(const Driver& calls, CUresult result) {
+  const char *name = nullptr, *text = nullptr;
+  calls.cuGetErrorName.function(result, &name);
+  calls.cuGetErrorString.function(result, &text);
+  return std::string(name ? name : "unknown error") + " (" + std::to_string(result) +
+         "): " + (text ? text : "no description");
+}
+
+// Fills in the entry points; returns the names of those that the driver lacks.
+std::string look_up_calls(Driver& calls, decltype(&::cuGetProcAddress) get_address) {
+  std::string missing;
+#define X(call, since)                                                              \
+  {                                                                                 \
+    CUdriverProcAddressQueryResult status{};                                        \
+    void* address = nullptr;                                                        \
+    get_address(#call, &address, since, CU_GET_PROC_ADDRESS_DEFAULT, &status);      \
+    calls.call.function = reinterpret_cast<decltype(calls.call.function)>(address); \
+    if (!address) missing += " " #call;                                             \
+  }
+  MLA_DRIVER_CALLS(X)
+#undef X
+  return missing;
+}
+
+LoadedDriver load() {
+  LoadedDriver loaded;
+  void* library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+  if (!library) {
+    const char* reason = dlerror();
+    loaded.problem = needed_driver() + "; none was found (" + (reason ? reason : "dlopen failed") + ")";
+    return loaded;
+  }
+  // dlsym, as cuGetProcAddress_v2 itself is younger (12.0) than drivers that we must still be able to name.
+  const auto get_version = reinterpret_cast<CUresult (*)(int*)>(dlsym(library, "cuDriverGetVersion"));
+  if (get_version) get_version(&loaded.version);
+  const auto get_address = reinterpret_cast<decltype(&::cuGetProcAddress)>(dlsym(library, "cuGetProcAddress_v2"));
+  if (loaded.version < MLA_MIN_CUDA || !get_address) {
+    loaded.problem = needed_driver() + "; the installed one supports CUDA " + describe(loaded.version) + " at most";
+    return loaded;
+  }
+  if (const std::string missing = look_up_calls(loaded.calls, get_address); !missing.empty()) {
+    loaded.problem =
+        "libcuda.so.1 lacks" + missing + ", although it says that it supports CUDA " + describe(loaded.version);
+    return loaded;
+  }
+  if (const CUresult result = loaded.calls.cuInit.function(0); result != CUDA_SUCCESS)
+    loaded.problem = "cuInit failed: " + failure_text(loaded.calls, result);
+  return loaded;
+}
+
+const LoadedDriver& loaded_driver() {
+  static const LoadedDriver loaded = load();
+  return loaded;
+}
+
+// Retained once and for good, as PyTorch does: it goes with the process.
+CUcontext primary_context(int device) {
+  static std::mutex mutex;
+  static std::map<int, CUcontext> contexts;
+  const std::lock_guard<std::mutex> lock(mutex);
+  CUcontext& context = contexts[device];
+  if (!context) {
+    CUdevice handle;
+    driver().cuDeviceGet(&handle, device);
+    driver().cuDevicePrimaryCtxRetain(&context, handle);
+  }
+  return context;
+}
+
+}  // namespace
+
+CudaError::CudaError(std::string api, int code, std::string text)
+    : std::runtime_error(code < 0 ? text : api + " failed: " + text),
+      api_(std::move(api)),
+      code_(code),
+      text_(std::move(text)) {}
+
+void throw_cuda_error(const char* api, CUresult result) {
+  throw CudaError(api, static_cast<int>(result), failure_text(loaded_driver().calls, result));
+}
+
+const Driver& driver() {
+  const LoadedDriver& loaded = loaded_driver();
+  if (!loaded.problem.empty()) throw CudaError("cuInit", -1, loaded.problem);
+  return loaded.calls;
+}
+
+std::string driver_problem() { return loaded_driver().problem; }
+int driver_version() { return loaded_driver().version; }
+
+ContextGuard::ContextGuard(int device) {
+  const CUcontext wanted = primary_context(device);
+  CUcontext current = nullptr;
+  driver().cuCtxGetCurrent(&current);
+  if (current == wanted) return;
+  driver().cuCtxPushCurrent(wanted);
+  pushed_ = true;
+}
+
+ContextGuard::~ContextGuard() {
+  CUcontext popped;
+  if (pushed_) loaded_driver().calls.cuCtxPopCurrent.function(&popped);
+}
+
+}  // namespace mla

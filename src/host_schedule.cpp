@@ -1,0 +1,110 @@
+#include "host_schedule.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace mla {
+
+using namespace schedule;
+
+namespace {
+
+// A plan as it lies in device memory, in parts.
+struct Plan {
+  PlanHeader header{};
+  std::vector<PlanWorker> workers;
+  std::vector<SplitItem> splits;
+  std::vector<Piece> pieces;        // [max_pieces]
+  std::vector<int64_t> first_unit;  // [num_requests + 1]
+  std::vector<int32_t> first_item;  // [num_requests + 1]
+};
+
+PlanHeader choose_cuts(const Lengths& lengths, Shape shape, int32_t num_workers) {
+  int64_t units[kMaxGroupSize] = {}, least_units = INT64_MAX, most_units = 0;
+  int32_t max_row_blocks = 0;
+  for (int32_t i = 0; i < lengths.num_requests; ++i) {
+    const Request request = request_at(lengths, shape, i);
+    if (request.row_blocks == 0) continue;
+    max_row_blocks = std::max(max_row_blocks, request.row_blocks);
+    least_units = std::min(least_units, item_units(request, shape));
+    most_units = std::max(most_units, item_units(request, shape));
+    for (int32_t g = 1; g <= kMaxGroupSize; ++g) units[g - 1] += request_units(request, shape, g, 0);
+  }
+  const int32_t group_size = best_group_size(units, max_row_blocks, num_workers);
+  const int64_t common_units = least_units == most_units ? most_units : 0;
+  return make_header(units[group_size - 1], common_units, shape, group_size, num_workers);
+}
+
+Plan make_plan(const Lengths& lengths, Shape shape, int32_t num_workers) {
+  Plan plan;
+  plan.header = choose_cuts(lengths, shape, num_workers);
+  const int32_t group_size = plan.header.group_size;
+  plan.first_unit.push_back(0);
+  plan.first_item.push_back(0);
+  for (int32_t i = 0; i < lengths.num_requests; ++i) {
+    const Request request = request_at(lengths, shape, i);
+    plan.first_unit.push_back(plan.first_unit.back() +
+                              request_units(request, shape, group_size, plan.header.item_span));
+    plan.first_item.push_back(plan.first_item.back() + bundles(request, group_size));
+  }
+  const int64_t num_units = plan.first_unit.back();
+  plan.pieces.resize(static_cast<size_t>(max_pieces(lengths, shape, num_workers)));
+
+  auto item_of_unit = [&](int64_t unit) { return item_at(lengths, shape, plan.header, plan.first_unit.data(), unit); };
+  auto write_piece = [&](const Item& item, int32_t g) {
+    const int32_t number = item_number(item, plan.first_item.data()) + g;
+    if (number >= static_cast<int64_t>(plan.pieces.size()))
+      throw std::invalid_argument("cu_seqlens_q makes too many pieces");
+    plan.pieces[static_cast<size_t>(number)] = make_piece(item, shape, plan.header, g);
+    return number;
+  };
+  for (int32_t worker = 0; worker < num_workers; ++worker) {
+    const int32_t g = worker / group_size;
+    PlanWorker range{0, 0, worker % group_size, 0};
+    if (g < plan.header.num_groups) {
+      const int64_t begin = g * plan.header.units_per_group,
+                    end = std::min(begin + plan.header.units_per_group, num_units);
+      range.first_piece = write_piece(item_of_unit(begin), g);
+      range.end_piece = write_piece(item_of_unit(end - 1), g) + 1;
+      SplitItem split;
+      if (range.member == 0 && end < num_units && make_split(item_of_unit(end), shape, plan.header, g, split))
+        plan.splits.push_back(split);
+    }
+    plan.workers.push_back(range);
+  }
+  for (int32_t number = 0; number < plan.first_item.back(); ++number) {
+    const Item item =
+        numbered_item(lengths, shape, plan.header, plan.first_unit.data(), plan.first_item.data(), number);
+    write_piece(item, static_cast<int32_t>(item.begin / plan.header.units_per_group));
+  }
+  plan.header.num_splits = static_cast<int32_t>(plan.splits.size());
+  return plan;
+}
+
+}  // namespace
+
+HostSchedule make_host_schedule(const Lengths& lengths, Shape shape, int32_t num_workers) {
+  const Plan plan = make_plan(lengths, shape, num_workers);
+  HostSchedule result{plan.header, {}, {}};
+  for (int32_t worker = 0; worker < num_workers; ++worker) {
+    const PlanWorker& range = plan.workers[static_cast<size_t>(worker)];
+    for (int32_t index = range.first_piece; index < range.end_piece; ++index) {
+      // The test of the decode kernels: a bundle may have no row block for this member, a group no tile of an item.
+      const Piece& piece = plan.pieces[static_cast<size_t>(index)];
+      const int32_t first_row = piece.first_row + range.member * shape.block_rows;
+      if (first_row >= piece.num_tokens * lengths.h_q || piece.first_tile >= piece.end_tile) continue;
+      const bool whole = piece.partial_slot < 0;
+      const int32_t last_token =
+          static_cast<int32_t>(std::min<int64_t>(int64_t{piece.end_tile} * shape.block_n, piece.len));
+      result.pieces.push_back({worker, piece.request, first_row / shape.block_rows, piece.first_tile * shape.block_n,
+                               last_token, piece.first_tile == 0, last_token == piece.len,
+                               whole ? -1 : piece.partial_slot + range.member});
+    }
+  }
+  for (const SplitItem& split : plan.splits)
+    result.splits.push_back({split.request, split.first_row / (shape.block_rows * plan.header.group_size),
+                             split.first_group, split.last_group});
+  return result;
+}
+
+}  // namespace mla

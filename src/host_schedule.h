@@ -1,0 +1,36 @@
+// The schedule of kernels/common/schedule.h, made on the host as kernels/common/plan.cu makes it on the device: what
+// the tests check, and what explains a plan to a person.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "common/schedule.h"
+
+namespace mla {
+
+// What one worker computes of one row block: KV tokens [first_token, last_token).
+struct WorkerPiece {
+  int32_t worker, request, row_block;
+  int32_t first_token, last_token;
+  bool starts, ends;  // it holds the row block's first token, its last token
+  int32_t slot;       // of its partial result; -1 when it both starts and ends, and is final
+};
+
+// An item in several pieces.
+struct Split {
+  int32_t request, bundle;
+  int32_t first_group, last_group;
+};
+
+struct HostSchedule {
+  PlanHeader header;
+  std::vector<WorkerPiece> pieces;  // worker by worker, in the order of the work
+  std::vector<Split> splits;
+};
+
+// The pointers of `lengths` are to host memory. num_workers, h_q and the shape are positive. Throws
+// std::invalid_argument when cu_seqlens_q makes more pieces than a plan has room for, as values that fall can.
+HostSchedule make_host_schedule(const Lengths& lengths, schedule::Shape shape, int32_t num_workers);
+
+}  // namespace mla

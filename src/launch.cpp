@@ -1,0 +1,70 @@
+#include "launch.h"
+
+#include <stdexcept>
+
+#include "module.h"
+
+namespace mla {
+namespace {
+
+const Kernel& plan_kernel(int device) { return get_kernel("plan", kPlanEntry, device, Occupancy::any); }
+
+const Kernel& decode_kernel(const Variant& variant, Dtype dtype, int device) {
+  return get_kernel(variant.name, decode_entry(variant, dtype), device, Occupancy::one_block_per_sm,
+                    variant.smem_bytes);
+}
+
+const Kernel& combine_kernel(const Variant& variant, Dtype dtype, int device) {
+  return get_kernel("combine", combine_entry(variant, dtype), device, Occupancy::any);
+}
+
+// The arguments are the kernel's parameters, by value and in order.
+template <class... Args>
+void launch(const Kernel& kernel, unsigned blocks, unsigned threads, uintptr_t stream, Args... args) {
+  CUlaunchConfig config{};
+  config.gridDimX = blocks;
+  config.gridDimY = config.gridDimZ = 1;
+  config.blockDimX = threads;
+  config.blockDimY = config.blockDimZ = 1;
+  config.sharedMemBytes = kernel.smem_bytes;
+  config.hStream = reinterpret_cast<CUstream>(stream);
+  void* pointers[] = {&args...};
+  // The driver takes a CUkernel for a CUfunction and finds the current context's instance of it.
+  driver().cuLaunchKernelEx(&config, reinterpret_cast<CUfunction>(kernel.handle), pointers, nullptr);
+}
+
+}  // namespace
+
+void launch_plan(const Variant& variant, const DecodeParams& params, int device, uintptr_t stream) {
+  const ContextGuard guard(device);
+  launch(plan_kernel(device), 1, kPlanThreads, stream, params.lengths, shape_of(variant), params.num_workers,
+         const_cast<PlanHeader*>(params.plan));
+}
+
+void launch_decode(const Variant& variant, Dtype dtype, DecodeParams params, int device, uintptr_t stream) {
+  if (params.page_size < 1 || params.lengths.h_q < 1) throw std::invalid_argument("page_size and h_q must be positive");
+  const ContextGuard guard(device);
+  params.by_page_size = make_fast_divisor(params.page_size);
+  params.by_h_q = make_fast_divisor(params.lengths.h_q);
+  const unsigned workers = static_cast<unsigned>(params.num_workers);
+  launch(decode_kernel(variant, dtype, device), workers, 32 * static_cast<unsigned>(variant.warps), stream, params);
+  launch(combine_kernel(variant, dtype, device), kCombineCtasPerWorker * workers, kCombineThreads, stream, params,
+         shape_of(variant));
+}
+
+void preload(const Variant& variant, int device) {
+  const ContextGuard guard(device);
+  load_now(plan_kernel(device));
+  for (const Dtype dtype : kDtypes) {
+    if (!(dtype == Dtype::bf16 ? variant.bf16 : variant.fp16)) continue;
+    load_now(decode_kernel(variant, dtype, device));
+    load_now(combine_kernel(variant, dtype, device));
+  }
+}
+
+size_t workspace_bytes(const Variant& variant, int64_t num_workers) {
+  const int64_t floats_per_row = variant.d_v + 1;
+  return static_cast<size_t>(2 * num_workers * variant.block_rows * floats_per_row) * sizeof(float);
+}
+
+}  // namespace mla

@@ -1,0 +1,25 @@
+// The launches of one decode call. All are asynchronous, allocate nothing and may be captured in a graph.
+#pragma once
+
+#include <cstdint>
+
+#include "common/schedule.h"
+#include "registry.h"
+
+namespace mla {
+
+inline schedule::Shape shape_of(const Variant& variant) { return {variant.block_rows, variant.block_n}; }
+
+// Writes the schedule for params.lengths and params.num_workers to params.plan.
+void launch_plan(const Variant& variant, const DecodeParams& params, int device, uintptr_t stream);
+
+// Decodes by the schedule at params.plan: the variant's kernel, then the combination of what it split.
+void launch_decode(const Variant& variant, Dtype dtype, DecodeParams params, int device, uintptr_t stream);
+
+// Does now what the first launches on this device would do: load the images and move them into the context.
+void preload(const Variant& variant, int device);
+
+// Of o_partial, then lse2_partial, for one launch.
+size_t workspace_bytes(const Variant& variant, int64_t num_workers);
+
+}  // namespace mla

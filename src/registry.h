@@ -1,0 +1,38 @@
+// kernels/variants.inc as seen by the host.
+#pragma once
+
+#include <cstddef>
+#include <string>
+#include <string_view>
+
+namespace mla {
+
+enum class Dtype { bf16, fp16 };
+constexpr Dtype kDtypes[] = {Dtype::bf16, Dtype::fp16};
+
+struct Variant {
+  std::string_view name, pipeline;
+  bool bf16, fp16;
+  int d_qk, d_v;
+  int block_rows, block_n, stages, warps;
+  int smem_bytes;
+  int page_multiple;
+  std::string_view targets;
+  int smem_limit;  // bytes that a block may have on the smallest GPU that the image is for
+  int min_sm;      // of the GPUs that it runs on, as 80
+  bool exact_sm;   // it runs on that architecture only
+};
+
+// In the table's order; the host variant has zeros for the tile.
+extern const Variant kVariants[];
+extern const size_t kNumVariants;
+
+// A variant that has an image. Throws std::out_of_range.
+const Variant& find_variant(std::string_view name);
+
+// Names of entry points.
+std::string decode_entry(const Variant& variant, Dtype dtype);
+std::string combine_entry(const Variant& variant, Dtype dtype);
+constexpr const char* kPlanEntry = "mla_plan";
+
+}  // namespace mla
