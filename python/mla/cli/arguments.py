@@ -1,0 +1,150 @@
+"""The options of every command. Needs the standard library only, so that `--help` always works."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, ArgumentTypeError, _ActionsContainer
+from pathlib import Path
+
+
+class UsageError(Exception):
+    """A command cannot do what its options ask; the text says why and what would work."""
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ArgumentTypeError(f"expected a number of at least 1, got {value}")
+    return value
+
+
+def _lengths(text: str) -> list[int]:
+    """'4096' or '17,0,4096'."""
+    try:
+        lengths = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ArgumentTypeError(
+            f"expected a length or a list like 17,0,4096, got {text!r}"
+        ) from None
+    if min(lengths) < 0:
+        raise ArgumentTypeError(f"lengths must not be negative, got {text}")
+    return lengths
+
+
+def _dims(text: str) -> tuple[int, int]:
+    """'576/512' -> (576, 512)."""
+    try:
+        d_qk, d_v = (int(part) for part in text.split("/"))
+    except ValueError:
+        raise ArgumentTypeError(f"expected d_qk/d_v like 576/512, got {text!r}") from None
+    return d_qk, d_v
+
+
+_DTYPES = {
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+    "fp16": "float16",
+    "float16": "float16",
+}
+
+
+def _dtype(text: str) -> str:
+    if text not in _DTYPES:
+        raise ArgumentTypeError(f"expected one of {', '.join(_DTYPES)}, got {text!r}")
+    return _DTYPES[text]
+
+
+def _device(parser: _ActionsContainer) -> None:
+    parser.add_argument(
+        "--device", help="cpu, cuda or cuda:N (default: the current GPU, or cpu without one)"
+    )
+
+
+def _info(parser: ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def _explain(parser: ArgumentParser) -> None:
+    parser.add_argument("--b", type=_positive, help="requests (default: as many as --kv lists)")
+    parser.add_argument("--s-q", type=_positive, default=1, help="query tokens of each request")
+    parser.add_argument("--h", type=_positive, default=128, help="query heads")
+    parser.add_argument(
+        "--kv",
+        type=_lengths,
+        default=[4096],
+        metavar="LEN[,LEN..]",
+        help="KV tokens of each request; the choice follows the longest",
+    )
+    parser.add_argument("--d-qk", type=_positive, default=576, help="columns of q and KV")
+    parser.add_argument("--dtype", type=_dtype, default="bfloat16", help="bf16 or fp16")
+    parser.add_argument("--page-size", type=_positive, default=64, help="KV tokens per page")
+    parser.add_argument("--variant", help="force a pipeline or a variant by name")
+    where = parser.add_mutually_exclusive_group()
+    _device(where)
+    where.add_argument(
+        "--gpu", help="a GPU that need not be here, such as H200, A100 or 'RTX 4090'"
+    )
+
+
+def _check(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--variant", action="append", help="only this pipeline or variant (may be repeated)"
+    )
+    parser.add_argument("--full", action="store_true", help="more problems, and longer ones")
+    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    _device(parser)
+
+
+def _bench(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--cases",
+        type=Path,
+        default=Path("benchmarks/cases.json"),
+        help="list of cases (default: %(default)s)",
+    )
+    parser.add_argument("--filter", help="only cases whose id contains this")
+    parser.add_argument(
+        "--variant",
+        action="append",
+        help="force a pipeline or a variant by name; repeated: measured alternately",
+    )
+    parser.add_argument("--targets", help="choose among the rows of one image set, like ampere_99k")
+    parser.add_argument(
+        "--planning", action="store_true", help="put the making of the plan inside the clock"
+    )
+    parser.add_argument("--repeat", type=_positive, help="samples (default: 20, on a CPU 3)")
+    parser.add_argument("--dtype", type=_dtype, help="instead of the cases' own")
+    parser.add_argument("--page-size", type=_positive, help="instead of the cases' own")
+    parser.add_argument("--dims", type=_dims, default=(576, 512), help="d_qk/d_v (576/512)")
+    parser.add_argument("--json", type=Path, help="write the times here, conditions beside it")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the results")
+    _device(parser)
+
+
+def _demo(parser: ArgumentParser) -> None:
+    parser.add_argument("--steps", type=_positive, default=32, help="tokens decoded per request")
+    parser.add_argument("--page-size", type=_positive, default=16, help="KV tokens per page")
+    parser.add_argument("--dtype", type=_dtype, default="bfloat16", help="bf16 or fp16")
+    parser.add_argument("--variant", help="force a pipeline or a variant by name")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights")
+    _device(parser)
+
+
+_COMMANDS = {
+    "info": (_info, "version, build, driver, devices, and which variants run here"),
+    "explain": (_explain, "which variant a problem gets, why, and what each other one lacks"),
+    "check": (_check, "self-test: every variant that runs here against a float64 reference"),
+    "bench": (_bench, "time decode on a list of cases and hold it against the device's limits"),
+    "demo": (_demo, "a DeepSeek-V3-shaped attention layer over a real text, checked at each step"),
+}
+
+
+def make_parser() -> ArgumentParser:
+    """The parser of the whole command line; `command` names the module that runs it."""
+    parser = ArgumentParser(
+        prog="mla",
+        description="Multi-head latent attention decode: what runs here, and is it right and fast?",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (add_arguments, text) in _COMMANDS.items():
+        add_arguments(commands.add_parser(name, help=text, description=text))
+    return parser

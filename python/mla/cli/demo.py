@@ -1,0 +1,199 @@
+"""`mla demo`: a DeepSeek-V3-shaped attention layer decodes a real text; every step is checked."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+import mla
+from mla import data
+from mla.demo_layer import DemoLayer, ExpandedReference, LayerConfig, PagedCache
+from mla.reference import Errors, errors
+
+from .arguments import UsageError
+from .console import console, make_progress, make_table
+from .devices import device_name, pick_device
+
+# Where each request's prompt begins in the text, and how many bytes it has: a ragged batch in which
+# one request starts with nothing but the begin token.
+PROMPTS = (
+    ("A language model writes", 0),
+    ("Carrying is the whole", 61),
+    ("There is one obstacle", 180),
+    ("Multi-head latent", 400),
+)
+# Relative RMSE. The layer rounds where the reference does not: absorbed queries, probabilities,
+# sums over latents, outputs of heads. Each costs at most half a unit in the last place; together
+# they come to 3e-3 in bf16 and 4e-4 in fp16.
+TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
+_SHOWN_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token of every request: the request with the largest error, and seconds on the clock."""
+
+    errors: Errors
+    layer_s: float  # all of the layer
+    attention_s: float  # `mla.decode` in it
+
+
+def run(args: Namespace) -> int:
+    device, dtype = pick_device(args.device), getattr(torch, args.dtype)
+    prompts, continuations = _excerpts(args.steps)
+    config = LayerConfig()
+    console.print(
+        f"One attention layer shaped like DeepSeek-V3's ({config.heads} heads, {config.kv_lora} + "
+        f"{config.rope} numbers a token, softmax scale {config.scale:.6f}), random weights, "
+        f"{args.dtype}, on {device_name(device)}",
+        style="bold",
+    )
+    with console.status("drawing weights"):
+        layer = DemoLayer(
+            config, vocabulary=data.VOCABULARY, dtype=dtype, device=device, seed=args.seed
+        )
+    capacities = [len(prompt) + args.steps for prompt in prompts]
+    cache = PagedCache(capacities, config, args.page_size, dtype, device)
+    reference = ExpandedReference(layer, capacities)
+    with console.status("reading the prompts"):
+        _read_prompts(layer, cache, reference, prompts)
+    plan = mla.plan(
+        cache.seq_lens,
+        h_q=config.heads,
+        d_qk=config.kv_lora + config.rope,
+        dtype=dtype,
+        page_size=args.page_size,
+        max_pages=cache.block_table.shape[1],
+        variant=args.variant,
+    )
+    _print_requests(prompts, continuations)
+
+    tokens = torch.tensor(continuations, device=device)
+    with make_progress() as progress:
+        steps = [
+            _decode_step(layer, cache, reference, plan, tokens[:, i])
+            for i in progress.track(range(args.steps), description="decoding")
+        ]
+    return _report(steps, len(prompts), plan.variant.name, TOLERANCE[dtype])
+
+
+def _excerpts(steps: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of the prompts, and of the `steps` bytes that follow each in the text."""
+    prompts, continuations = [], []
+    for beginning, size in PROMPTS:
+        text = data.text().encode("utf-8")
+        start = text.index(beginning.encode("utf-8"))
+        following = text[start + size : start + size + steps]
+        if len(following) < steps:
+            raise UsageError(f"--steps {steps}: the text ends after {len(following)} more tokens")
+        prompts.append([data.BOS, *text[start : start + size]])
+        continuations.append(list(following))
+    return prompts, continuations
+
+
+def _read_prompts(
+    layer: DemoLayer, cache: PagedCache, reference: ExpandedReference, prompts: list[list[int]]
+) -> None:
+    """Fills both caches. A single layer needs nothing else of a prompt than its rows."""
+    for request, prompt in enumerate(prompts):
+        tokens = torch.tensor(prompt, device=cache.seq_lens.device)
+        positions = torch.arange(len(prompt), device=tokens.device)
+        rows = layer.cache_rows(layer.embed(tokens), positions)
+        cache.write(torch.full_like(tokens, request), positions, rows)
+        reference.append(request, rows)
+
+
+def _decode_step(
+    layer: DemoLayer,
+    cache: PagedCache,
+    reference: ExpandedReference,
+    plan: mla.Plan,
+    tokens: Tensor,
+) -> Step:
+    """One token [b] of every request through the layer, then through the reference."""
+    start = _now(tokens.device)
+    requests = torch.arange(len(tokens), device=tokens.device)
+    positions = cache.seq_lens.long()
+    hidden = layer.embed(tokens)
+    rows = layer.cache_rows(hidden, positions)
+    cache.write(requests, positions, rows)
+    q_nope, q_rope = layer.queries(hidden, positions)
+    q_latent = layer.absorb(q_nope)
+
+    plan.update(cache.seq_lens)
+    before_attention = _now(tokens.device)
+    o_latent = mla.decode(
+        (q_latent[:, None], q_rope[:, None]),
+        cache.kv,
+        cache.block_table,
+        cache.seq_lens,
+        scale=layer.config.scale,
+        plan=plan,
+    )
+    after_attention = _now(tokens.device)
+    heads = layer.head_values(o_latent[:, 0])
+    layer.project(heads)
+    end = _now(tokens.device)
+
+    by_request = []
+    for request in range(len(tokens)):
+        reference.append(request, rows[request : request + 1])
+        want = reference.attend(request, q_nope[request], q_rope[request])
+        by_request.append(errors(heads[request], want))
+    worst = max(by_request, key=lambda e: (e.relative_rmse != e.relative_rmse, e.relative_rmse))
+    return Step(worst, end - start, after_attention - before_attention)
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once everything queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return perf_counter()
+
+
+def _print_requests(prompts: list[list[int]], continuations: list[list[int]]) -> None:
+    table = make_table("requests", "", "prompt", "tokens", "then decoded")
+    for i, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
+        shown = [data.decode(tokens).replace("\n", " ") for tokens in (prompt, continuation)]
+        ending = f"..{shown[0][-40:]}" if len(shown[0]) > 40 else shown[0]
+        shown_prompt = repr(ending) if ending else "(only the begin token)"
+        table.add_row(str(i), shown_prompt, str(len(prompt)), repr(shown[1][:60]))
+    console.print(table)
+
+
+def _report(steps: list[Step], requests: int, variant: str, tolerance: float) -> int:
+    table = make_table("errors", "step", *Errors._fields, numbers=5)
+    every = -(-len(steps) // _SHOWN_STEPS)
+    for i, step in enumerate(steps):
+        if i % every == 0 or i == len(steps) - 1:
+            table.add_row(str(i), *(f"{error:.1e}" for error in step.errors))
+    wrong = [i for i, step in enumerate(steps) if not step.errors.relative_rmse <= tolerance]
+    largest = torch.tensor([step.errors for step in steps]).amax(0).tolist()
+    table.add_section()
+    table.add_row("largest", *(f"{error:.1e}" for error in largest))
+    console.print(table)
+
+    timed = steps[1:] or steps  # the first one warms up
+    layer_s = sum(step.layer_s for step in timed) / len(timed)
+    attention_s = sum(step.attention_s for step in timed) / len(timed)
+    console.print(
+        f"variant {variant}: {requests / layer_s:.1f} tokens/s through the layer; "
+        f"{layer_s * 1e3:.2f} ms a step, of which {attention_s * 1e3:.2f} ms are mla.decode"
+    )
+    if wrong:
+        console.print(
+            f"{len(wrong)} of {len(steps)} steps are wrong, the first is step {wrong[0]}: "
+            f"relative RMSE over {tolerance:.0e}",
+            style="bold red",
+        )
+        return 1
+    console.print(
+        f"all {len(steps)} steps agree with the un-absorbed float64 reference: "
+        f"relative RMSE {largest[1]:.1e}, at most {tolerance:.0e} allowed",
+        style="bold green",
+    )
+    return 0
