@@ -1,0 +1,54 @@
+"""Of all tests: `python -m pytest` runs what this machine can, `--slow` adds what takes long."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mla import log
+
+# Small operations: threads that wait for each other cost more than they give.
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests that take long, too")
+    parser.addoption(
+        "--sanitizer", action="store_true", help="run kernels under compute-sanitizer too (minutes)"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="runs with --slow"))
+
+
+def all_skipped(config: pytest.Config) -> bool:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is None or config.option.collectonly:
+        return False
+    return bool(reporter.stats.get("skipped")) and not any(
+        reporter.stats.get(outcome) for outcome in ("passed", "failed", "error", "xfailed")
+    )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A run in which every test was skipped has shown nothing, so it fails."""
+    if all_skipped(session.config):
+        session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+def pytest_terminal_summary(config: pytest.Config) -> None:
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and all_skipped(config):
+        reporter.write_line("every test was skipped, which counts as a failure", red=True)
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's own settings do not reach the tests, nor what an earlier test logged."""
+    for name in ("MLA_VARIANT", "MLA_LOG", "MLA_VALIDATE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(log, "_said", set())

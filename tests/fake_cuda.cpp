@@ -1,0 +1,207 @@
+// A stand-in for libcuda.so.1: enough of the driver to see, without a GPU, what the extension would do with one.
+//
+// It has two devices. Every call that changes something is appended to $FAKE_CUDA_LOG, one JSON object a line. Knobs:
+//   FAKE_CUDA_VERSION   what cuDriverGetVersion says (default 12000)
+//   FAKE_CUDA_FAIL      "<call>=<code>": that call fails
+//   FAKE_CUDA_SMEM      "<bytes per SM>,<bytes per block, opt-in>" (default: those of an A100)
+#include <cuda.h>
+
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "common/schedule.h"
+
+namespace {
+
+constexpr int kDevices = 2;
+constexpr unsigned kFatbinMagic = 0xBA55ED50;
+
+struct FakeKernel {
+  std::string name;
+  int max_smem[kDevices] = {48 * 1024, 48 * 1024};  // dynamic, without opting in
+};
+
+int contexts[kDevices];                     // their addresses are the handles
+thread_local std::vector<CUcontext> stack;  // of current contexts
+
+__attribute__((format(printf, 1, 2))) void log(const char* format, ...) {
+  static FILE* file = fopen(getenv("FAKE_CUDA_LOG"), "a");
+  va_list args;
+  va_start(args, format);
+  vfprintf(file, format, args);
+  va_end(args);
+  fputc('\n', file);
+  fflush(file);
+}
+
+int failure(const char* call) {
+  const char* wanted = getenv("FAKE_CUDA_FAIL");
+  const size_t length = strlen(call);
+  return wanted && !strncmp(wanted, call, length) && wanted[length] == '=' ? atoi(wanted + length + 1) : 0;
+}
+
+int current_device() {
+  for (int i = 0; i < kDevices; ++i)
+    if (!stack.empty() && stack.back() == reinterpret_cast<CUcontext>(&contexts[i])) return i;
+  return -1;
+}
+
+int smem(int which) {
+  int values[2] = {164 * 1024, 163 * 1024};
+  if (const char* given = getenv("FAKE_CUDA_SMEM")) sscanf(given, "%d,%d", &values[0], &values[1]);
+  return values[which];
+}
+
+// The sizes of a kernel's parameters, which the real driver reads from its machine code.
+std::vector<size_t> parameter_sizes(const std::string& kernel) {
+  using namespace mla;
+  if (kernel == "mla_plan") return {sizeof(Lengths), sizeof(schedule::Shape), sizeof(int32_t), sizeof(PlanHeader*)};
+  if (kernel.rfind("mla_combine", 0) == 0) return {sizeof(DecodeParams), sizeof(schedule::Shape)};
+  return {sizeof(DecodeParams)};
+}
+
+std::string hex(const void* data, size_t size) {
+  std::string text;
+  for (size_t i = 0; i < size; ++i) {
+    char digits[3];
+    snprintf(digits, sizeof digits, "%02x", static_cast<const unsigned char*>(data)[i]);
+    text += digits;
+  }
+  return text;
+}
+
+CUresult fake_cuInit(unsigned) {
+  log(R"({"call": "cuInit"})");
+  return CUDA_SUCCESS;
+}
+CUresult fake_cuGetErrorName(CUresult code, const char** name) {
+  *name = code == CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES ? "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES" : nullptr;
+  return *name ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+CUresult fake_cuGetErrorString(CUresult, const char** text) {
+  *text = "what it means";
+  return CUDA_SUCCESS;
+}
+CUresult fake_cuDeviceGet(CUdevice* device, int ordinal) {
+  *device = ordinal;
+  return ordinal >= 0 && ordinal < kDevices ? CUDA_SUCCESS : CUDA_ERROR_INVALID_DEVICE;
+}
+CUresult fake_cuDeviceGetAttribute(int* value, CUdevice_attribute name, CUdevice) {
+  if (name == CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR) *value = smem(0);
+  else if (name == CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN) *value = smem(1);
+  else return CUDA_ERROR_INVALID_VALUE;
+  return CUDA_SUCCESS;
+}
+CUresult fake_cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
+  log(R"({"call": "cuDevicePrimaryCtxRetain", "device": %d})", device);
+  *context = reinterpret_cast<CUcontext>(&contexts[device]);
+  return CUDA_SUCCESS;
+}
+CUresult fake_cuCtxGetCurrent(CUcontext* context) {
+  *context = stack.empty() ? nullptr : stack.back();
+  return CUDA_SUCCESS;
+}
+CUresult fake_cuCtxPushCurrent(CUcontext context) {
+  stack.push_back(context);
+  log(R"({"call": "cuCtxPushCurrent", "device": %d})", current_device());
+  return CUDA_SUCCESS;
+}
+CUresult fake_cuCtxPopCurrent(CUcontext* context) {
+  log(R"({"call": "cuCtxPopCurrent", "device": %d})", current_device());
+  *context = stack.back();
+  stack.pop_back();
+  return CUDA_SUCCESS;
+}
+CUresult fake_cuLibraryLoadData(CUlibrary* library, const void* image, CUjit_option*, void**, unsigned,
+                                CUlibraryOption* options, void** values, unsigned num_options) {
+  if (*static_cast<const unsigned*>(image) != kFatbinMagic) return CUDA_ERROR_INVALID_IMAGE;
+  const bool preserved = num_options == 1 && options[0] == CU_LIBRARY_BINARY_IS_PRESERVED && values[0];
+  log(R"({"call": "cuLibraryLoadData", "image": %llu, "preserved": %d})", reinterpret_cast<unsigned long long>(image),
+      preserved);
+  *library = reinterpret_cast<CUlibrary>(const_cast<void*>(image));
+  return CUDA_SUCCESS;
+}
+CUresult fake_cuLibraryGetKernel(CUkernel* kernel, CUlibrary library, const char* name) {
+  static std::map<std::pair<CUlibrary, std::string>, FakeKernel> kernels;
+  FakeKernel& found = kernels[{library, name}];
+  found.name = name;
+  *kernel = reinterpret_cast<CUkernel>(&found);
+  return CUDA_SUCCESS;
+}
+CUresult fake_cuKernelGetFunction(CUfunction* function, CUkernel kernel) {
+  if (current_device() < 0) return CUDA_ERROR_INVALID_CONTEXT;
+  log(R"({"call": "cuKernelGetFunction", "kernel": "%s", "device": %d})",
+      reinterpret_cast<FakeKernel*>(kernel)->name.c_str(), current_device());
+  *function = reinterpret_cast<CUfunction>(kernel);
+  return CUDA_SUCCESS;
+}
+CUresult fake_cuKernelSetAttribute(CUfunction_attribute attribute, int value, CUkernel kernel, CUdevice device) {
+  FakeKernel* changed = reinterpret_cast<FakeKernel*>(kernel);
+  if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES || value > smem(1)) return CUDA_ERROR_INVALID_VALUE;
+  log(R"({"call": "cuKernelSetAttribute", "kernel": "%s", "device": %d, "smem": %d})", changed->name.c_str(), device,
+      value);
+  changed->max_smem[device] = value;
+  return CUDA_SUCCESS;
+}
+CUresult fake_cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** parameters, void**) {
+  const FakeKernel& kernel = *reinterpret_cast<FakeKernel*>(function);
+  const int device = current_device();
+  if (device < 0) return CUDA_ERROR_INVALID_CONTEXT;
+  const bool flat = config->gridDimY == 1 && config->gridDimZ == 1 && config->blockDimY == 1 && config->blockDimZ == 1;
+  if (!flat || !config->gridDimX || static_cast<int>(config->sharedMemBytes) > kernel.max_smem[device])
+    return CUDA_ERROR_INVALID_VALUE;
+  std::string values;
+  const std::vector<size_t> sizes = parameter_sizes(kernel.name);
+  for (size_t i = 0; i < sizes.size(); ++i) values += (i ? "\", \"" : "") + hex(parameters[i], sizes[i]);
+  log(R"({"call": "launch", "kernel": "%s", "device": %d, "grid": %u, "block": %u, "smem": %u, "stream": %llu, "parameters": ["%s"]})",
+      kernel.name.c_str(), device, config->gridDimX, config->blockDimX, config->sharedMemBytes,
+      reinterpret_cast<unsigned long long>(config->hStream), values.c_str());
+  return CUDA_SUCCESS;
+}
+
+// A call that FAKE_CUDA_FAIL names is replaced by this.
+template <class... Args>
+CUresult fail(Args...) {
+  return static_cast<CUresult>(atoi(strchr(getenv("FAKE_CUDA_FAIL"), '=') + 1));
+}
+template <class... Args>
+void* pick(const char* name, CUresult (*call)(Args...)) {
+  return reinterpret_cast<void*>(failure(name) ? fail<Args...> : call);
+}
+
+}  // namespace
+
+extern "C" CUresult cuDriverGetVersion(int* version) {
+  const char* given = getenv("FAKE_CUDA_VERSION");
+  *version = given ? atoi(given) : 12000;
+  return CUDA_SUCCESS;
+}
+
+extern "C" CUresult cuGetProcAddress_v2(const char* name, void** address, int, cuuint64_t,
+                                        CUdriverProcAddressQueryResult*) {
+  *address = nullptr;
+  if (!strcmp(name, "cuDriverGetVersion")) *address = reinterpret_cast<void*>(cuDriverGetVersion);
+#define FAKE(call) \
+  if (!strcmp(name, #call)) *address = pick(#call, fake_##call);
+  FAKE(cuInit)
+  FAKE(cuGetErrorName)
+  FAKE(cuGetErrorString)
+  FAKE(cuDeviceGet)
+  FAKE(cuDeviceGetAttribute)
+  FAKE(cuDevicePrimaryCtxRetain)
+  FAKE(cuCtxGetCurrent)
+  FAKE(cuCtxPushCurrent)
+  FAKE(cuCtxPopCurrent)
+  FAKE(cuLibraryLoadData)
+  FAKE(cuLibraryGetKernel)
+  FAKE(cuKernelGetFunction)
+  FAKE(cuKernelSetAttribute)
+  FAKE(cuLaunchKernelEx)
+#undef FAKE
+  return *address ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+}

@@ -1,0 +1,227 @@
+"""`mla bench`: what it reads, times, computes and writes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import mla
+import pytest
+import torch
+from command_line import Output, command
+from mla.cli import cases, check, floors, plot, results, timing
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+FLOORS = floors.Floors(
+    launch_us=3.0,
+    tiny_kernel_us=4.0,
+    copy_tbs=4.2,
+    read_tbs=4.3,
+    stream_us={65536: 20.0, 1048576: 260.0},
+    stream_tbs=4.6,
+    matmul_tflops=790.0,
+)
+
+
+def case_entry(**changes: object) -> dict[str, object]:
+    entry: dict[str, object] = {
+        "id": "main/small",
+        "b": 2,
+        "s_q": 1,
+        "h_q": 4,
+        "causal": False,
+        "page_size": 16,
+        "dtype": "bfloat16",
+        "seq_lens": [40, 7],
+        "floor_us": 4.0,
+        "bound": "memory",
+    }
+    return entry | changes
+
+
+@pytest.fixture
+def case_file(tmp_path: Path) -> Path:
+    path = tmp_path / "cases.json"
+    second = case_entry(id="mtp/small", s_q=2, causal=True, peer_us={"other": 9.0})
+    path.write_text(json.dumps([case_entry(), second]))
+    return path
+
+
+def test_bench_writes_what_a_comparison_reads(
+    case_file: Path, tmp_path: Path, capsys: Output
+) -> None:
+    target, picture = tmp_path / "results.json", tmp_path / "results.png"
+    options = f"--device cpu --cases {case_file} --json {target} --plot {picture} --repeat 2"
+    assert command(f"bench {options}") == 0
+    by_id = {entry["id"]: entry for entry in json.loads(target.read_text())}
+    assert set(by_id) == {"main/small", "mtp/small"}
+    for entry in by_id.values():
+        assert entry["us"] > 0
+        assert entry["variant"] == "cpu"
+        assert entry["floor_us"] is None
+    conditions = json.loads((tmp_path / "results.meta.json").read_text())
+    assert conditions["torch"] == torch.__version__
+    assert conditions["planning"] == "before the clock"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "mtp/small" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["json", "plot"])
+def test_bench_asks_first_where_to_write(option: str, case_file: Path, capsys: Output) -> None:
+    line = f"bench --device cpu --cases {case_file} --{option} {case_file.parent}/none/file"
+    assert command(line) == 2
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_plot_without_matplotlib(
+    case_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    monkeypatch.delitem(sys.modules, "mla.cli.plot")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert command(f"bench --device cpu --cases {case_file} --plot {case_file}.png") == 2
+    assert capsys.readouterr().err == "mla bench: needs matplotlib: pip install 'mla[cli]'\n"
+
+
+def test_bench_filter_and_overrides(case_file: Path, tmp_path: Path) -> None:
+    target = tmp_path / "results.json"
+    options = (
+        f"--device cpu --cases {case_file} --json {target} --filter mtp --variant cpu "
+        "--dims 288/256 --dtype fp16 --page-size 1 --planning --repeat 1"
+    )
+    assert command(f"bench {options}") == 0
+    assert [entry["id"] for entry in json.loads(target.read_text())] == ["mtp/small"]
+    conditions = json.loads((tmp_path / "results.meta.json").read_text())
+    assert conditions["planning"] == "inside the clock"
+
+
+def test_bench_of_several_names_writes_a_file_each(case_file: Path, tmp_path: Path) -> None:
+    pipeline = mla.variants()[0].pipeline
+    options = f"--device cpu --cases {case_file} --json {tmp_path}/r.json --repeat 1"
+    line = f"{options} --variant cpu --variant {pipeline}"
+    assert command(f"bench {line}") == 2  # the second cannot run here
+    assert len(json.loads((tmp_path / "r.cpu.json").read_text())) == 2
+    assert json.loads((tmp_path / f"r.{pipeline}.json").read_text()) == []
+
+
+def test_bench_on_a_cpu_takes_tiny_cases(tmp_path: Path, capsys: Output) -> None:
+    path = tmp_path / "cases.json"
+    path.write_text(json.dumps([case_entry(b=1, seq_lens=[9000])]))
+    assert command(f"bench --device cpu --cases {path}") == 2
+    output = capsys.readouterr()
+    assert "only the tiny cases" in output.out
+    assert "no case" in output.err
+
+
+@pytest.mark.parametrize("text", ["[", "{}", "[1]", '[{"id": "x"}]', "null"])
+def test_bench_refuses_other_files(text: str, tmp_path: Path, capsys: Output) -> None:
+    path = tmp_path / "cases.json"
+    path.write_text(text)
+    assert command(f"bench --device cpu --cases {path}") == 2
+    assert str(path) in capsys.readouterr().err
+
+
+def test_measure_takes_turns_and_medians() -> None:
+    order: list[str] = []
+
+    class Scripted:
+        warmups, repeat = 1, 3
+
+        def sample(self, call: Callable[[], object]) -> timing.Timing:
+            call()
+            return timing.Timing(float(len(order)), 1.0)
+
+    calls = {name: functools.partial(order.append, name) for name in "ab"}
+    measured = timing.measure(Scripted(), calls)
+    assert order == list("abababab")
+    assert measured["a"].us == 5.0  # of 3, 5, 7; the first sample, 1, warmed up
+    assert measured["b"].us == 6.0
+
+
+def result(case: cases.Case, us: float) -> results.Result:
+    floor_us = FLOORS.case_us(case.io_bytes, case.flop)
+    return results.Result("heuristic", case, "row", timing.Timing(us, 30.0), floor_us)
+
+
+def test_fractions_of_floors(case_file: Path, capsys: Output) -> None:
+    case = cases.load_cases(case_file)[1]
+    assert case.io_bytes == (47 * 576 + 2 * 2 * 4 * (576 + 512)) * 2
+    assert case.flop == 2 * 2 * 4 * 47 * (576 + 512)
+    assert FLOORS.case_us(int(4.6e6), 0) == pytest.approx(4.0)
+    assert FLOORS.case_us(0, int(790e6)) == pytest.approx(4.0)
+    measured = result(case, 8.0)
+    assert measured.of_recorded == pytest.approx(0.5)
+    assert measured.of_floor == pytest.approx(FLOORS.case_us(case.io_bytes, case.flop) / 8)
+
+    console = check.console
+    console.print(results.result_table([measured]))
+    console.print(results.summary_table("means", [measured, result(case, 32.0)]))
+    printed = capsys.readouterr().out
+    assert "1.12x" in printed  # the peer's 9 us
+    assert "25.0" in printed  # geometric mean of 50 % and 12.5 % of the recorded floor
+    assert "12.5" in printed
+
+
+def test_other_dims_have_no_recorded_floor(case_file: Path) -> None:
+    case = cases.load_cases(case_file)[1]
+    other = cases.with_overrides(case, dims=(320, 256), dtype="float16", page_size=1)
+    assert result(other, 8.0).of_recorded is None
+    assert not other.peer_us
+    assert (other.d_qk, other.d_v, other.dtype, other.page_size) == (320, 256, torch.float16, 1)
+
+
+def test_floors_beside_a_recording(tmp_path: Path, capsys: Output) -> None:
+    recorded = tmp_path / "floors.json"
+    check.console.print(floors.floors_table(FLOORS, recorded))
+    assert "empty launch" in capsys.readouterr().out
+    recorded.write_text(json.dumps({"gpu": "a card", "copy_TBs": 2.1}))
+    check.console.print(floors.floors_table(FLOORS, recorded))
+    printed = capsys.readouterr().out
+    assert "a card" in printed
+    assert "2.000" in printed  # 4.2 / 2.1
+
+
+def test_floors_are_rates_of_what_was_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a timer that says of each call that it took 10 us more than the last."""
+
+    class Counting:
+        warmups, repeat = 0, 1
+        us = 0.0
+
+        def sample(self, call: Callable[[], object]) -> timing.Timing:
+            call()
+            self.us += 10.0
+            return timing.Timing(self.us, 1.0)
+
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(floors, "_GIB", 1 << 20)
+    monkeypatch.setattr(floors, "_MATMUL", 64)
+    monkeypatch.setattr(floors, "STREAM_TOKENS", (100, 1100))
+    found = floors.measure_floors(Counting(), torch.device("cpu"))
+    assert (found.launch_us, found.tiny_kernel_us) == (10.0, 20.0)
+    assert found.stream_us == {100: 30.0, 1100: 40.0}
+    assert found.stream_tbs == pytest.approx(1000 * 1152 / 10e6)
+    assert found.read_tbs == pytest.approx(2**20 / 50e6)
+    assert found.copy_tbs == pytest.approx(2 * 2**20 / 60e6)
+    assert found.matmul_tflops == pytest.approx(2 * 64**3 / 70e6)
+
+
+def test_plot_of_floors(case_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plot.png"
+    plot.draw(path, "title", [result(case, 8.0) for case in cases.load_cases(case_file)])
+    assert path.stat().st_size > 1000
+
+
+@pytest.mark.skipif(not BENCHMARKS.exists(), reason="the tests were copied out of the repository")
+@pytest.mark.parametrize(("name", "count"), [("cases.json", 139), ("fa2_cases.json", 8)])
+def test_recorded_cases(name: str, count: int) -> None:
+    loaded = cases.load_cases(BENCHMARKS / name)
+    assert len({case.id for case in loaded}) == len(loaded) == count
+    recorded = json.loads((BENCHMARKS / "floors.json").read_text())
+    assert all(before for _, _, before in FLOORS.beside(recorded))
+    for case in loaded:
+        floor_us = case.recorded_floor_us
+        assert floor_us is not None
+        assert 0.7 < FLOORS.case_us(case.io_bytes, case.flop) / floor_us < 1.1

@@ -1,0 +1,191 @@
+"""What the shipped images hold, disassembled: architectures, instructions, registers, parameters.
+
+Needs no GPU. The tools come from PyPI (extra `test`); without them the tests fail, not skip.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import nvidia
+import pytest
+from mla import _mla
+
+GPU_VARIANTS = [v for v in _mla.variants() if v["pipeline"] != "cpu"]
+IMAGES = ["plan", "combine", *(v["name"] for v in GPU_VARIANTS)]
+each_image = pytest.mark.parametrize("image", IMAGES)
+each_variant = pytest.mark.parametrize("variant", GPU_VARIANTS, ids=lambda v: v["name"])
+
+MACHINE_ARCHS = {
+    "any": {"sm_80", "sm_86", "sm_90a", "sm_120"},
+    "ampere_163k": {"sm_80", "sm_90a"},
+    "ampere_99k": {"sm_86", "sm_120"},
+}
+PTX_VERSION = (8, 0)  # CUDA 12.0's
+# Version of the machine code's container: drivers before 580 refuse 8, but for chips that always
+# had it.
+ELF_VERSIONS = {"525": (1, 7), "580": (1, 8)}
+ALWAYS_ELF_8 = {"sm_120"}
+REGISTERS_PER_SM = 65536
+MAX_REGISTERS = 255
+
+
+class Function(NamedTuple):
+    """A function of one architecture's machine code."""
+
+    arch: str
+    name: str
+    registers: int
+    stack: int
+    local: int
+
+
+@cache
+def cuobjdump(image: str, *options: str) -> str:
+    """The output of cuobjdump for an embedded image."""
+    folders = [Path(root, "cu13/bin") for root in nvidia.__path__]
+    tools = next(path for path in folders if (path / "cuobjdump").is_file())
+    assert (tools / "nvdisasm").is_file()
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "image.fatbin")
+        file.write_bytes(_mla.image(image))
+        done = subprocess.run(
+            [tools / "cuobjdump", *options, file],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={
+                **os.environ,
+                "PATH": f"{tools}:{os.environ['PATH']}",
+            },
+        )
+    return done.stdout
+
+
+def parts(image: str, option: str) -> list[tuple[str, str, tuple[int, int], str]]:
+    """Kind ("elf" or "ptx"), architecture, container version and text of each part of an image."""
+    texts = re.split(r"^Fatbin (elf|ptx) code:$", cuobjdump(image, option), flags=re.MULTILINE)
+    found = []
+    for kind, text in zip(texts[1::2], texts[2::2], strict=True):
+        arch = re.search(r"^arch = (\w+)$", text, re.MULTILINE)
+        version = re.search(r"^code version = \[(\d+),(\d+)\]$", text, re.MULTILINE)
+        assert arch
+        assert version
+        found.append((kind, arch[1], (int(version[1]), int(version[2])), text))
+    return found
+
+
+def functions(image: str) -> list[Function]:
+    pattern = r"^ Function (\w+):\n\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)"
+    return [
+        Function(arch, name, int(registers), int(stack), int(local))
+        for kind, arch, _, text in parts(image, "-res-usage")
+        if kind == "elf"
+        for name, registers, stack, local in re.findall(pattern, text, re.MULTILINE)
+    ]
+
+
+def instructions(image: str) -> dict[tuple[str, str], Counter[str]]:
+    """How often each instruction occurs, by architecture and function."""
+    counts = {}
+    instruction = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)"
+    for kind, arch, _, text in parts(image, "-sass"):
+        if kind != "elf":
+            continue
+        names_and_code = re.split(r"^\s+Function : (\w+)$", text, flags=re.MULTILINE)[1:]
+        for name, code in zip(names_and_code[::2], names_and_code[1::2], strict=True):
+            counts[arch, name] = Counter(re.findall(instruction, code, re.MULTILINE))
+    return counts
+
+
+def entry_points(image: str) -> set[str]:
+    if image == "plan":
+        return {"mla_plan"}
+    if image == "combine":
+        return {f"mla_combine_{t}_v{d_v}" for t in ("bf16", "fp16") for d_v in (512, 256)}
+    return {f"mla_{image}_{t}" for t in ("bf16", "fp16")}
+
+
+def targets(image: str) -> str:
+    return next((str(v["targets"]) for v in GPU_VARIANTS if v["name"] == image), "any")
+
+
+@each_image
+def test_architectures_and_ptx(image: str) -> None:
+    found = parts(image, "-res-usage")
+    assert {arch for kind, arch, *_ in found if kind == "elf"} == MACHINE_ARCHS[targets(image)]
+    elf_version = ELF_VERSIONS[_mla.build_info()["min_driver"]]
+    for kind, arch, version, _ in found:
+        if kind == "elf":
+            assert version == ((1, 8) if arch in ALWAYS_ELF_8 else elf_version), arch
+    ptx = [(arch, version) for kind, arch, version, _ in found if kind == "ptx"]
+    assert ptx == [("sm_80", PTX_VERSION)]
+
+
+@each_image
+def test_every_architecture_has_every_entry_point(image: str) -> None:
+    found = {(f.arch, f.name) for f in functions(image)}
+    archs = MACHINE_ARCHS[targets(image)]
+    assert found == {(arch, name) for arch in archs for name in entry_points(image)}
+
+
+@each_image
+def test_nothing_is_kept_in_local_memory(image: str) -> None:
+    assert [f for f in functions(image) if f.stack or f.local] == []
+    counted = instructions(image)
+    assert set(counted) == {(f.arch, f.name) for f in functions(image)}
+    for where, counts in counted.items():
+        assert sum(counts.values()) > 50, where  # the disassembly was understood
+        assert not [op for op in counts if op.startswith(("LDL", "STL"))], where
+
+
+@each_image
+def test_registers_leave_room_for_a_block(image: str) -> None:
+    warps = {v["name"]: v["warps"] for v in GPU_VARIANTS} | {"plan": 16, "combine": 8}
+    for function in functions(image):
+        assert 0 < function.registers <= MAX_REGISTERS, function
+        allocated = -(-function.registers // 8) * 8  # granted in eights
+        assert allocated * 32 * warps[image] <= REGISTERS_PER_SM, function
+
+
+@each_image
+def test_parameters_are_what_the_host_passes(image: str) -> None:
+    params, lengths, shape, pointer = _mla.PARAMS_BYTES, 40, 8, 8
+    wanted = {"plan": [lengths, shape, 4, pointer], "combine": [params, shape]}
+    for kind, arch, _, text in parts(image, "-elf"):
+        if kind != "elf":
+            continue
+        # One section of attributes per kernel, up to the next section.
+        pattern = r"^\.nv\.info\.(mla_\w+)$(.*?)(?=^\.\w|\Z)"
+        sizes = {}
+        for name, section in re.findall(pattern, text, re.MULTILINE | re.DOTALL):
+            found = re.findall(r"Ordinal : 0x(\w+).*?Size\s+: 0x(\w+)", section)
+            sizes[name] = [size for _, size in sorted((int(o, 16), int(s, 16)) for o, s in found)]
+        assert set(sizes) == entry_points(image), arch
+        assert set(map(tuple, sizes.values())) == {tuple(wanted.get(image, [params]))}, arch
+
+
+@each_variant
+def test_decode_uses_the_units_it_is_written_for(variant: dict[str, Any]) -> None:
+    """Tensor cores, asynchronous copies past the registers, matrix loads."""
+    for (arch, name), counts in instructions(variant["name"]).items():
+        element = "HMMA.16816.F32.BF16" if name.endswith("_bf16") else "HMMA.16816.F32"
+        mma = {op: n for op, n in counts.items() if op.startswith("HMMA")}
+        assert set(mma) == {element}, (arch, name)
+        per_warp_columns = variant["d_v"] // variant["warps"] // 8
+        assert mma[element] >= per_warp_columns * variant["block_n"] // 16, (arch, name)
+        copies = [op for op in counts if op.startswith("LDGSTS")]
+        assert copies, (arch, name)
+        for op in copies:
+            assert op.startswith("LDGSTS.E.BYPASS"), (arch, name)
+            assert op.endswith(".128"), (arch, name)
+        loads = {op for op in counts if op.startswith("LDSM")}
+        assert loads, (arch, name)
+        assert any("MT88" in op for op in loads), "V is read transposed"

@@ -1,0 +1,118 @@
+"""The table of variants, and whoever repeats a part of it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import mla
+import pytest
+from mla import _mla
+from mla.checks import D_V, DTYPES
+from mla.variants import VARIANTS, Variant
+
+ROOT = Path(__file__).parents[1]
+TABLE = ROOT / "kernels" / "variants.inc"
+GPU_VARIANTS = [variant for variant in VARIANTS if not variant.on_host]
+
+each = pytest.mark.parametrize("variant", GPU_VARIANTS, ids=lambda variant: variant.name)
+
+
+def test_rows_are_those_of_the_file() -> None:
+    if not TABLE.exists():
+        pytest.skip("needs kernels/variants.inc: the tests were copied out of the repository")
+    text = TABLE.read_text(encoding="utf-8")
+    rows = [
+        re.split(r",\s*", row)
+        for row in re.findall(r"^MLA_VARIANT\((.*)\)\s*$", text, re.MULTILINE)
+    ]
+    assert len(rows) == len(GPU_VARIANTS)
+    for row, v in zip(rows, GPU_VARIANTS, strict=True):
+        dtypes = "_".join({"bfloat16": "bf16", "float16": "fp16"}[name] for name in v.dtypes)
+        sizes = (v.d_qk, v.d_v, v.block_rows, v.block_n, v.stages, v.warps, v.smem_bytes)
+        assert row == [v.pipeline, dtypes, *map(str, sizes), str(v.page_multiple), v.targets]
+    hosts = re.findall(r"^MLA_HOST_VARIANT\((\w+)\)", text, re.MULTILINE)
+    assert hosts == [v.name for v in VARIANTS if v.on_host]
+
+
+def test_names_are_unique_and_no_pipeline() -> None:
+    names = [variant.name for variant in VARIANTS]
+    assert len(set(names)) == len(names)
+    assert not {v.name for v in GPU_VARIANTS} & {v.pipeline for v in VARIANTS}
+
+
+def test_the_public_view() -> None:
+    assert mla.variants() is VARIANTS
+    assert isinstance(VARIANTS[0], Variant)
+    with pytest.raises(AttributeError):
+        VARIANTS[0].stages = 7  # type: ignore[misc]
+
+
+def test_the_host_variant() -> None:
+    (host,) = (variant for variant in VARIANTS if variant.on_host)
+    assert host.name == host.pipeline == "cpu"
+    assert host.workspace_bytes(100) == 0
+
+
+@each
+def test_name_says_the_row(variant: Variant) -> None:
+    v = variant
+    assert v.name == f"{v.pipeline}_r{v.block_rows}_n{v.block_n}_s{v.stages}_d{v.d_qk}"
+
+
+@each
+def test_limits_make_sense(variant: Variant) -> None:
+    assert D_V[variant.d_qk] == variant.d_v
+    assert variant.dtypes
+    assert set(variant.dtypes) <= set(DTYPES.values())
+    assert variant.block_rows % 16 == variant.block_n % 16 == 0
+    assert variant.stages >= 1
+    assert 1 <= variant.warps <= 32
+    assert variant.page_multiple >= 1
+    assert variant.min_sm >= 80
+
+
+@each
+def test_shared_memory_fits_the_gpus_that_it_is_for(variant: Variant) -> None:
+    assert 0 < variant.smem_bytes <= variant.smem_limit
+    kib = re.fullmatch(r"ampere_(\d+)k", variant.targets)
+    assert kib is not None
+    assert variant.smem_limit == int(kib[1]) * 1024
+
+
+@each
+def test_workspace_formula(variant: Variant) -> None:
+    rows = 2 * 132 * variant.block_rows
+    assert variant.workspace_bytes(132) == rows * (variant.d_v + 1) * 4
+
+
+@each
+@pytest.mark.parametrize(("s_q", "total_q"), [(1, None), (3, None), (0, 29)])
+def test_schedule_formula(variant: Variant, s_q: int, total_q: int | None) -> None:
+    """What python/mla/workspace.py documents."""
+    b, h_q, workers = 7, 40, 108
+    params = _mla.DecodeParams()
+    params.num_requests, params.s_q, params.h_q, params.num_workers = b, s_q, h_q, workers
+    row_blocks = b * -(-s_q * h_q // variant.block_rows)
+    if total_q is not None:
+        params.total_q, params.cu_seqlens_q = total_q, 1
+        row_blocks = -(-total_q * h_q // variant.block_rows) + b
+    expected = 32 + 80 * workers + 32 * row_blocks + 12 * (b + 1)
+    assert _mla.plan_bytes(variant.name, params) == expected
+
+
+@each
+def test_has_an_image(variant: Variant) -> None:
+    assert _mla.images()[variant.name] == len(_mla.image(variant.name)) > 0
+
+
+def test_images_are_of_the_table() -> None:
+    assert set(_mla.images()) == {"plan", "combine", *(v.name for v in GPU_VARIANTS)}
+
+
+@pytest.mark.parametrize("d_qk", D_V)
+@pytest.mark.parametrize("targets", ["ampere_163k", "ampere_99k"])
+def test_every_problem_has_its_tiles(d_qk: int, targets: str) -> None:
+    rows = [v for v in GPU_VARIANTS if (v.pipeline, v.d_qk, v.targets) == ("sm80", d_qk, targets)]
+    assert sorted(v.block_rows for v in rows) == [16, 32, 64]
+    assert all(set(v.dtypes) == set(DTYPES.values()) for v in rows)
