@@ -1,0 +1,69 @@
+"""Same inputs, same bits: over reruns, and whatever scratch memory and unused pages hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, Inputs, make_problem
+from mla.variants import Variant
+from running import assert_same_bits, clone, plan_for, run
+
+RERUNS = 20
+SHAPES: dict[str, dict[str, Any]] = {
+    "split": {"seq_lens": (7000, 40, 0, 2500), "q_lens": 3},
+    "unsplit": {"seq_lens": (110, 128, 100) * 50, "q_lens": 2},
+}
+
+
+def problem(row: Variant, shape: str, device: torch.device, **changes: Any) -> Inputs:
+    return make_problem(Case(d_qk=row.d_qk or 576, **(SHAPES[shape] | changes)), device)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reruns_give_the_same_bits(
+    row: Variant, shape: str, dtype: str, device: torch.device
+) -> None:
+    inputs = problem(row, shape, device, dtype=dtype)
+    first = clone(run(inputs, variant=row.name))
+    for _ in range(RERUNS):
+        assert_same_bits(run(inputs, variant=row.name), first)
+
+
+def test_pages_may_lie_anywhere(row: Variant, device: torch.device) -> None:
+    inputs = problem(row, "split", device)
+    first = clone(run(inputs, variant=row.name))
+    assert isinstance(inputs.kv_cache, torch.Tensor)
+    order = torch.randperm(inputs.kv_cache.shape[0], device=device)
+    inputs.kv_cache = inputs.kv_cache[order]
+    valid = (inputs.block_table >= 0) & (inputs.block_table < len(order))
+    moved = order.argsort().int()[inputs.block_table.clamp(0, len(order) - 1).long()]
+    inputs.block_table = torch.where(valid, moved, inputs.block_table)
+    assert_same_bits(run(inputs, variant=row.name), first)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_scratch_memory_holds_nothing_that_matters(
+    row: Variant, shape: str, device: torch.device
+) -> None:
+    """A workspace full of nan, then one with the partial results of another problem."""
+    inputs = problem(row, shape, device)
+    first = clone(run(inputs, variant=row.name))
+    workspace = torch.full(
+        (64 << 20,), 0xFF, dtype=torch.uint8, device=device
+    )  # 0xFFFFFFFF is a nan
+    assert_same_bits(run(inputs, variant=row.name, workspace=workspace), first)
+    other = problem(row, "split", device, seq_lens=(9000, 3000, 5), h_q=40)
+    run(other, variant=row.name, workspace=workspace)
+    assert_same_bits(run(inputs, variant=row.name, workspace=workspace), first)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_plan_changes_no_bits(row: Variant, shape: str, device: torch.device) -> None:
+    inputs = problem(row, shape, device)
+    plan = plan_for(inputs, variant=row.name)
+    first = clone(run(inputs, variant=row.name))
+    for _ in range(3):
+        assert_same_bits(run(inputs, plan=plan), first)
