@@ -363,7 +363,7 @@ class TestExplain:
         assert us(b=64) > us(b=32)
         assert us(b=32, kv_len=8192) > us(b=32)
         assert us(b=32, s_q=4) > us(b=32)
-        assert us(b=0) == us(b=1, s_q=0) >= estimate.LAUNCH_US
+        assert us(b=0) == us(b=1, s_q=0) >= estimate.START_US
 
     def test_bounds(self) -> None:
         def bound(**sizes: int) -> str:
@@ -371,7 +371,7 @@ class TestExplain:
             assert found is not None
             return found.bound
 
-        assert bound(device="H200", b=1, kv_len=64, h_q=16) == "launch"
+        assert bound(device="H200", b=1, kv_len=64, h_q=16) == "latency"
         assert bound(device="H200", b=128, kv_len=8192, h_q=16) == "memory"
         assert bound(device="RTX 3090", b=128, kv_len=8192, h_q=128) == "compute"
 
