@@ -52,11 +52,11 @@ Plan make_plan(const Lengths& lengths, Shape shape, int32_t num_workers) {
 
   auto item_of_unit = [&](int64_t unit) { return item_at(lengths, shape, plan.header, plan.first_unit.data(), unit); };
   auto write_piece = [&](const Item& item, int32_t g) {
-    const int32_t number = item_number(item, plan.first_item.data()) + g;
+    const int64_t number = item_number(item, plan.first_item.data()) + g;
     if (number >= static_cast<int64_t>(plan.pieces.size()))
       throw std::invalid_argument("cu_seqlens_q makes too many pieces");
     plan.pieces[static_cast<size_t>(number)] = make_piece(item, shape, plan.header, g);
-    return number;
+    return static_cast<int32_t>(number);
   };
   for (int32_t worker = 0; worker < num_workers; ++worker) {
     const int32_t g = worker / group_size;

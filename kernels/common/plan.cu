@@ -97,32 +97,33 @@ extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)
     const int64_t start_item = items_before + block_prefix(own_items, scratch, chunk_items);
     if (i < lengths.num_requests) {
       first_unit[i] = start;
-      first_item[i] = static_cast<int32_t>(start_item);
+      first_item[i] = static_cast<int32_t>(min(start_item, max_pieces));
     }
     units_before += chunk_units;
     items_before += chunk_items;
   }
   if (thread == 0) {
     first_unit[lengths.num_requests] = units_before;
-    first_item[lengths.num_requests] = static_cast<int32_t>(items_before);
+    first_item[lengths.num_requests] = static_cast<int32_t>(min(items_before, max_pieces));
   }
   __syncthreads();  // first_unit and first_item are complete
 
   auto item_at = [&](int64_t unit) { return schedule::item_at(lengths, shape, header, first_unit, unit); };
+  // Requests whose query tokens overlap can make more pieces than there is room for: the rest is left out.
   auto write_piece = [&](const schedule::Item& item, int g) {
-    const int64_t number = int64_t{schedule::item_number(item, first_item)} + g;
-    if (number < max_pieces)
-      plan.pieces[number] = schedule::make_piece(item, shape, header, g);  // else cu_seqlens_q overlaps
-    return static_cast<int32_t>(schedule::clamp<int64_t>(number, 0, max_pieces - 1));
+    const int64_t number = schedule::item_number(item, first_item) + g;
+    if (number < max_pieces) plan.pieces[number] = schedule::make_piece(item, shape, header, g);
+    return number;
   };
+  auto limit = [&](int64_t number) { return static_cast<int32_t>(min(number, max_pieces)); };
   // The first and the last piece of every group; a piece that is both is written twice, with the same words.
   for (int worker = thread; worker < num_workers; worker += kPlanThreads) {
     const int g = worker / group_size;
     PlanWorker range{0, 0, worker % group_size, 0};
     if (g < header.num_groups) {
       const int64_t begin = g * header.units_per_group, end = min(begin + header.units_per_group, units_before);
-      range.first_piece = write_piece(item_at(begin), g);
-      range.end_piece = write_piece(item_at(end - 1), g) + 1;
+      range.first_piece = limit(write_piece(item_at(begin), g));
+      range.end_piece = limit(write_piece(item_at(end - 1), g) + 1);
       SplitItem split;
       // In any order: it changes which CTA combines an item, not what it computes.
       if (range.member == 0 && end < units_before && schedule::make_split(item_at(end), shape, header, g, split))
@@ -131,7 +132,7 @@ extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)
     plan.workers[worker] = range;
   }
   // The first piece of every item: those between a group's first and last.
-  for (int64_t number = thread; number < items_before; number += kPlanThreads) {
+  for (int64_t number = thread; number < min(items_before, max_pieces); number += kPlanThreads) {
     const schedule::Item item =
         schedule::numbered_item(lengths, shape, header, first_unit, first_item, static_cast<int32_t>(number));
     write_piece(item, static_cast<int>(item.begin / header.units_per_group));

@@ -158,8 +158,8 @@ MLA_HD Item numbered_item(const Lengths& lengths, Shape shape, const PlanHeader&
   const int32_t request = last_not_above(first_item, lengths.num_requests, number);
   return make_item(lengths, shape, plan, first_unit, request, number - first_item[request]);
 }
-MLA_HD int32_t item_number(const Item& item, const int32_t* first_item) {
-  return first_item[item.request] + item.bundle;
+MLA_HD int64_t item_number(const Item& item, const int32_t* first_item) {
+  return int64_t{first_item[item.request]} + item.bundle;
 }
 
 // The units that carry an item's tokens, without the overhead before them.
@@ -216,7 +216,7 @@ MLA_HD int64_t max_pieces(const Lengths& lengths, Shape shape, int32_t num_worke
   return max_items(lengths, shape) + num_workers;
 }
 
-// The parts of a plan in memory. The last two are the planner's own.
+// The parts of a plan in memory.
 struct PlanView {
   PlanHeader* header;
   PlanWorker* workers;  // [num_workers]
@@ -229,6 +229,7 @@ MLA_HD PlanView view(const PlanHeader* plan, int32_t num_workers) {
   SplitItem* splits = reinterpret_cast<SplitItem*>(workers + num_workers);
   return {header, workers, splits, reinterpret_cast<Piece*>(splits + num_workers)};
 }
+// The planner's own, behind the pieces.
 MLA_HD int64_t* first_unit_of(const PlanView& plan, int64_t max_pieces) {  // [num_requests + 1]
   return reinterpret_cast<int64_t*>(plan.pieces + max_pieces);
 }
