@@ -113,7 +113,7 @@ struct DecodeParams {
 
 // Launch shapes of the two small kernels; those of the pipelines are in variants.inc.
 constexpr int kPlanThreads = 512;  // one CTA; the sums over group sizes need more registers than 1024 threads have
-constexpr int kCombineThreads = 256, kCombineCtasPerWorker = 8;  // as many as an SM holds
+constexpr int kCombineThreads = 256, kCombineCtasPerWorker = 8;  // at most as many as an SM holds
 
 static_assert(sizeof(PlanHeader) == 32 && sizeof(PlanWorker) == 16 && sizeof(Piece) == 32 && sizeof(SplitItem) == 32);
 

@@ -49,8 +49,8 @@ struct Shape {
                 C::stages >= 3);
 };
 
-// What this thread's index means to each step. Cheap to derive, so with 64 rows the loop forgets it every round: the
-// derived addresses would not fit beside O and Q.
+// What this thread's index means to each step. Cheap to derive, so with 64 rows and d_v = 512 the loop forgets it
+// every round: the derived addresses would not fit beside O and Q.
 template <class C>
 struct Place {
   using S = Shape<C>;

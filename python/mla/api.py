@@ -122,7 +122,8 @@ def decode(
 
     Returns out, or (out, lse) with `return_lse`: lse is the natural logarithm of the sum of
     exp(scaled logits). Rows that see no token give out = 0 and lse = -inf. Query tokens that
-    `cu_seqlens_q` gives to no request are left undefined.
+    `cu_seqlens_q` gives to no request are left undefined, and so are all results if its requests
+    overlap.
 
     Everything runs on the current stream of q's device, without synchronisation, and can be
     captured in a CUDA graph and replayed with other values in all tensors. Lengths, page ids and
