@@ -1,0 +1,254 @@
+"""Batches, and the plans that kernels/common/plan.cu writes for them, held to the host's schedule.
+
+A plan is read here as its int32 words, wherever it was made.
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+from mla import _mla
+
+Shape = tuple[int, int]  # block_rows, block_n
+SHAPES: dict[Shape, str] = {  # and a variant that has it
+    (row["block_rows"], row["block_n"]): row["name"]
+    for row in _mla.variants()
+    if row["targets"] != "host"
+}
+MAX_GROUP_SIZE = 8  # of schedule.h
+
+
+@dataclass(frozen=True)
+class Batch:
+    seq_lens: Sequence[int]
+    q_lens: int | Sequence[int] = 1
+    h_q: int = 16
+    max_len: int = 2**31 - 1
+    cuts: Sequence[int] | None = None  # what cu_seqlens_q holds, if not the sums of q_lens
+
+    @cached_property
+    def cu_seqlens_q(self) -> list[int] | None:
+        if self.cuts is not None:
+            return list(self.cuts)
+        return None if isinstance(self.q_lens, int) else [0, *accumulate(self.q_lens)]
+
+    @property
+    def s_q(self) -> int:
+        return self.q_lens if isinstance(self.q_lens, int) else 0
+
+    @cached_property
+    def total_q(self) -> int:
+        if isinstance(self.q_lens, int):
+            return self.q_lens * len(self.seq_lens)
+        return sum(self.q_lens)
+
+    def length(self, request: int) -> int:
+        return min(max(self.seq_lens[request], 0), self.max_len, _mla.MAX_LEN)
+
+    def tokens(self, request: int) -> tuple[int, int]:
+        """A request's first query token and how many it has: what cu_seqlens_q says, clamped."""
+        if isinstance(self.q_lens, int):
+            return 0, self.q_lens
+        cuts = self.cu_seqlens_q
+        assert cuts is not None
+        first = min(max(cuts[request], 0), self.total_q)
+        return first, min(max(cuts[request + 1], first), self.total_q) - first
+
+
+# Overlapping ranges, which can make more pieces than a plan has room for. The first batch does so
+# where workers are not grouped, as 7 are not, the second with any number of workers.
+OVERLAPPING = {
+    "nonsense": Batch(
+        [1072, 225, 8, 1470, 822, 2578, 875],
+        q_lens=[5, 4, 4, 5, 4, 4, 4],
+        h_q=128,
+        cuts=[13, 12, 14, 5, 20, 5, 3, 29],
+    ),
+    "all or nothing": Batch(
+        [300, 65, 0, 128] * 32,
+        q_lens=[30] + [0] * 127,
+        h_q=128,
+        cuts=[0, 30] * 64 + [0],
+    ),
+}
+
+
+def batches() -> list[Batch]:
+    rng = random.Random(0)
+    found = [
+        Batch([0]),
+        Batch([1]),
+        Batch([0] * 40),
+        Batch([129] * 3),
+        Batch([100_000]),
+        Batch([2**31 - 100]),
+        Batch([8192] * 128, h_q=128),
+        Batch([-5, 3, 10**6], max_len=4096),
+        Batch([700, 50, 9000], q_lens=[0, 0, 3]),
+        Batch([700, 50, 9000], q_lens=[2, 0, 0]),
+        Batch([500, 600], q_lens=[0, 0]),
+        Batch([64] * 1025),  # more requests than the planner has threads
+        Batch([rng.randint(0, 300) for _ in range(5000)], q_lens=2),
+        Batch([3000], q_lens=8192, h_q=128),
+    ]
+    for _ in range(60):
+        b = rng.choice((1, 2, 5, 33, 300))
+        longest = rng.choice((70, 1000, 20_000))
+        lens = [rng.choice((0, 1, longest, rng.randint(0, longest))) for _ in range(b)]
+        q_lens = rng.choice((rng.randint(1, 9), [rng.choice((0, 1, 2, 5, 40)) for _ in range(b)]))
+        found.append(
+            Batch(
+                lens,
+                q_lens,
+                h_q=rng.choice((1, 5, 16, 40, 128)),
+                max_len=rng.choice((2**31 - 1, 777)),
+            )
+        )
+    return found
+
+
+def host_schedule(batch: Batch, shape: Shape, workers: int) -> dict[str, Any]:
+    """ValueError if cu_seqlens_q makes more pieces than a plan has room for."""
+    return _mla.schedule(
+        list(batch.seq_lens),
+        batch.cu_seqlens_q,
+        batch.s_q,
+        batch.total_q,
+        batch.h_q,
+        batch.max_len,
+        *shape,
+        workers,
+    )
+
+
+class Worker(NamedTuple):
+    first_piece: int
+    end_piece: int
+    member: int
+    reserved: int
+
+
+class Piece(NamedTuple):
+    request: int
+    first_token: int
+    num_tokens: int
+    len: int
+    first_row: int
+    first_tile: int
+    end_tile: int
+    partial_slot: int
+
+
+class Split(NamedTuple):
+    request: int
+    first_token: int
+    num_tokens: int
+    first_row: int
+    first_group: int
+    last_group: int
+    reserved: int
+    reserved_too: int
+
+
+class DevicePlan:
+    """The structs of kernels/params.h, read from the words of a plan."""
+
+    def __init__(self, words: Sequence[int], batch: Batch, shape: Shape, workers: int) -> None:
+        sizes = part_sizes(batch, shape, workers)
+        assert len(words) == sum(sizes)
+        ends = list(accumulate(sizes))
+        header, by_worker, splits, pieces, _ = (
+            words[end - size : end] for size, end in zip(sizes, ends, strict=True)
+        )
+        self.batch, self.shape, self.num_workers = batch, shape, workers
+        (self.units_per_group,) = struct.unpack("q", struct.pack("2i", *header[:2]))
+        self.num_groups, self.group_size, self.num_splits = header[4:7]
+        self.workers = [Worker(*by_worker[i : i + 4]) for i in range(0, len(by_worker), 4)]
+        written = splits[: 8 * self.num_splits]
+        self.splits = [Split(*written[i : i + 8]) for i in range(0, len(written), 8)]
+        self.pieces = [Piece(*pieces[i : i + 8]) for i in range(0, len(pieces), 8)]
+
+    def walk(self) -> list[tuple[object, ...]]:
+        """What each worker computes, as the kernels read it and as `_mla.schedule` lists it."""
+        block_rows, block_n = self.shape
+        found: list[tuple[object, ...]] = []
+        for worker, (first, end, member, _) in enumerate(self.workers):
+            for piece in self.pieces[first:end]:
+                row_block = piece.first_row // block_rows + member
+                if piece.first_tile == piece.end_tile:
+                    continue
+                if row_block * block_rows >= piece.num_tokens * self.batch.h_q:
+                    continue
+                tiles = max(1, -(-piece.len // block_n))
+                found.append(
+                    (
+                        worker,
+                        piece.request,
+                        row_block,
+                        piece.first_tile * block_n,
+                        min(piece.end_tile * block_n, piece.len),
+                        piece.first_tile == 0,
+                        piece.end_tile == tiles,
+                        -1 if piece.partial_slot < 0 else piece.partial_slot + member,
+                    )
+                )
+        return found
+
+    def check_inside(self) -> None:
+        """Whatever the lengths say, all that the kernels follow is in the caller's tensors, the
+        plan and the partial results."""
+        batch, size, (block_rows, block_n) = self.batch, self.group_size, self.shape
+        requests = range(len(batch.seq_lens))
+        assert 1 <= size <= MAX_GROUP_SIZE
+        assert 0 <= self.num_groups * size <= self.num_workers
+        assert 0 <= self.num_splits <= self.num_workers
+        for worker in self.workers:
+            assert 0 <= worker.first_piece <= worker.end_piece <= len(self.pieces), worker
+            assert worker.member in range(size), worker
+            for piece in self.pieces[worker.first_piece : worker.end_piece]:
+                assert piece.request in requests, piece
+                assert (piece.first_token, piece.num_tokens) == batch.tokens(piece.request), piece
+                assert piece.len == batch.length(piece.request), piece
+                assert piece.first_row >= 0, piece
+                assert piece.first_row % (block_rows * size) == 0, piece
+                tiles = max(1, -(-piece.len // block_n))
+                assert 0 <= piece.first_tile <= piece.end_tile <= tiles, piece
+                slots = range(2 * self.num_workers - size + 1)  # of member 0
+                assert piece.partial_slot == -1 or piece.partial_slot in slots, piece
+        for split in self.splits:
+            assert split.request in requests, split
+            assert (split.first_token, split.num_tokens) == batch.tokens(split.request), split
+            assert split.first_row >= 0, split
+            assert split.first_row % (block_rows * size) == 0, split
+            assert 0 <= split.first_group < split.last_group < self.num_groups, split
+
+    def check_is(self, host: dict[str, Any]) -> None:
+        """The plan is this schedule, piece for piece."""
+        assert self.units_per_group == host["units_per_group"], self.batch
+        assert self.num_groups == host["num_groups"], self.batch
+        assert self.group_size == host["group_size"], self.batch
+        bundle_rows = self.group_size * self.shape[0]
+        splits = [
+            (split.request, split.first_row // bundle_rows, split.first_group, split.last_group)
+            for split in self.splits
+        ]
+        assert sorted(splits) == sorted(host["splits"]), self.batch  # their order is free
+        assert self.walk() == host["pieces"], self.batch
+
+
+def part_sizes(batch: Batch, shape: Shape, workers: int) -> list[int]:
+    """Words of the header, the workers, the splits, the pieces, and what only the planner reads."""
+    block_rows, _ = shape
+    b = len(batch.seq_lens)
+    if isinstance(batch.q_lens, int):
+        max_items = b * -(-batch.q_lens * batch.h_q // block_rows)
+    else:
+        max_items = -(-batch.total_q * batch.h_q // block_rows) + b
+    planners_own = 3 * (b + 1)  # an int64 and an int32 for each request
+    return [8, 4 * workers, 8 * workers, 8 * (max_items + workers), planners_own]
