@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import nvidia
+from compiler import HERE, compile_cpp
 from mla import _mla
-
-HERE = Path(__file__).parent
-KERNELS = HERE.parent / "kernels"
 
 
 class Lengths(ctypes.Structure):
@@ -108,9 +105,8 @@ def build_driver(folder: Path) -> None:
     """Makes libcuda.so.1 in a folder."""
     headers = [Path(root, "cu13/include") for root in nvidia.__path__]
     include = next(path for path in headers if (path / "cuda.h").is_file())
-    compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
-    command = [compiler, "-std=c++17", "-shared", "-fPIC", "-isystem", include, "-I", KERNELS]
-    subprocess.run([*command, HERE / "fake_cuda.cpp", "-o", folder / "libcuda.so.1"], check=True)
+    options = ["-shared", "-fPIC", "-isystem", include]
+    compile_cpp(HERE / "fake_cuda.cpp", folder / "libcuda.so.1", *options)
 
 
 # `_mla` without the package around it: torch would only cost time.
