@@ -1,11 +1,12 @@
 """Lengths, page ids and query offsets that only the device can see.
 
 Wrong ones are harmless: the call reads and writes inside its tensors, and other requests' rows are
-right. With MLA_VALIDATE=1 they are errors.
+right, unless requests overlap: all results are undefined then. With MLA_VALIDATE=1 they are errors.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ import pytest
 import torch
 from cases import Case, Inputs, make_problem
 from compare import check, reference
+from device_plan import OVERLAPPING
 from mla.variants import Variant
 from running import GPU_ROWS, plan_for, run
 from torch import Tensor
@@ -46,12 +48,11 @@ MISTAKES = [
     Mistake("cu_seqlens_q", (3,), 106, right=(0, 1, 2, 3, 4, 5)),
     Mistake("cu_seqlens_q", (3,), INT32_MAX, right=(0, 1, 2, 3, 4, 5)),
     Mistake("cu_seqlens_q", (0,), -5, right=(0, 1, 2, 3, 4, 5)),
-    Mistake("cu_seqlens_q", (2,), 1, right=(0,)),  # request 2 begins at token 1
     Mistake("cu_seqlens_q", (1,), INT32_MIN, right=(5,)),
-    Mistake(
-        "cu_seqlens_q", (1,), INT32_MAX, right=()
-    ),  # request 0 has them all, and so has the last of request 2
+    Mistake("cu_seqlens_q", (2,), 1, right=()),  # requests 0 and 2 overlap
+    Mistake("cu_seqlens_q", (1,), INT32_MAX, right=()),  # as they do here
 ]
+WORKSPACE_BYTE, GUARD_BYTES = 0x7F, 4096
 
 
 def problem(row: Variant, device: torch.device) -> Inputs:
@@ -84,6 +85,51 @@ def test_wrong_values_are_harmless(row: Variant, mistake: Mistake, device: torch
     check((out[right], lse[right]), (expected_out[right], expected_lse[right]))
     assert not out[zero].any()
     assert (lse[zero] == -torch.inf).all()
+
+
+def bytes_needed(inputs: Inputs, row: Variant) -> int:
+    nothing = torch.empty(0, dtype=torch.uint8, device=inputs.rows.device)
+    with pytest.raises(ValueError, match="workspace") as error:
+        run(inputs, variant=row.name, workspace=nothing)
+    found = re.search(r"at least (\d+)", str(error.value))
+    assert found is not None, error.value
+    return int(found[1])
+
+
+@pytest.mark.parametrize("name", OVERLAPPING)
+def test_overlapping_requests_are_harmless(row: Variant, name: str, device: torch.device) -> None:
+    """Their results are undefined. More pieces of work than the workspace has room for are left
+    out, and no piece that nobody wrote is followed: it would lead far out of every tensor."""
+    batch = OVERLAPPING[name]
+    assert not isinstance(batch.q_lens, int)
+    case = Case(
+        tuple(batch.seq_lens),
+        q_lens=tuple(batch.q_lens),
+        h_q=batch.h_q,
+        d_qk=row.d_qk or 576,
+        strided=True,
+    )
+    inputs = make_problem(case, device)
+    cuts = torch.tensor(batch.cu_seqlens_q, dtype=torch.int32, device=device)
+    wrong = replace(inputs, cu_seqlens_q=cuts)
+
+    size = bytes_needed(inputs, row)
+    memory = torch.full((size + 2 * GUARD_BYTES,), WORKSPACE_BYTE, dtype=torch.uint8, device=device)
+    before, workspace, after = memory.split_with_sizes([GUARD_BYTES, size, GUARD_BYTES])
+    tensors = [wrong.q, wrong.kv_cache, wrong.block_table, wrong.seq_lens, wrong.cu_seqlens_q]
+    bits = [
+        t.new_empty(0).set_(t.untyped_storage()).view(torch.int16)
+        for t in tensors
+        if isinstance(t, Tensor)
+    ]
+    copies = [t.clone() for t in bits]
+
+    run(wrong, variant=row.name, workspace=workspace)
+    torch.cuda.synchronize()
+    assert all(torch.equal(x, y) for x, y in zip(bits, copies, strict=True)), "an input was written"
+    assert (before == WORKSPACE_BYTE).all(), "the call wrote before its workspace"
+    assert (after == WORKSPACE_BYTE).all(), "the call wrote behind its workspace"
+    check(run(inputs, variant=row.name, workspace=workspace), reference(inputs))
 
 
 @pytest.mark.parametrize("bounded", [True, False])
