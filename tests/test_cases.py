@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 
 import pytest
 import torch
 from cases import Case, gaps_hold, make_problem
 from covering import AXES, CASES, cover, possible
+from device_plan import SHAPES, Shape, host_schedule
+from gpu import sanitizer_target as sanitized
+from mla.variants import Variant
+from running import GPU_ROWS
 
 NAN = float("nan")
 
@@ -28,6 +33,29 @@ def test_every_pair_of_values_occurs() -> None:
 
 def test_cases_are_distinct() -> None:
     assert len({repr(case) for case in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_sanitized_cases_of_a_row_cover_every_pair(number: int) -> None:
+    seen: set[object] = set()
+    for case, workers in sanitized.cases(GPU_ROWS[0], number):
+        values = (case.seq_lens, case.page_size, case.causal, case.ragged, case.dtype, workers)
+        seen |= set(itertools.combinations(enumerate(values), 2))
+    assert len(seen) == math.comb(6, 2) * 4
+
+
+@pytest.mark.parametrize("row", GPU_ROWS, ids=lambda row: row.name)
+def test_sanitized_cases_are_split_where_they_say(row: Variant) -> None:
+    for number in range(12):
+        for case, workers in sanitized.cases(row, number):
+            split = case.seq_lens == sanitized.SPLIT
+            assert sanitized.is_split(case, row, workers) == split, f"{case}, {workers} workers"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sanitized_requests_overlap_too_far(shape: Shape) -> None:
+    with pytest.raises(ValueError, match="too many pieces"):
+        host_schedule(sanitized.OVERLAPPING, shape, sanitized.OVERLAPPING_WORKERS)
 
 
 @pytest.mark.parametrize("strided", [False, True])

@@ -1,10 +1,13 @@
 """What test_sanitizer.py runs under compute-sanitizer: small problems on every row of one d_qk.
 
-Each row x {split, unsplit} x page 1 and 64 x causal x ragged, both dtypes in turn, then values that
-a kernel must clamp. Tensors are made on the CPU and copied, and results are compared there, as only
-our kernels are instrumented and others' writes go unnoticed. Prints the number of decode launches.
+A row runs CASES_PER_ROW cases in which every two of these occur together: split and unsplit, page 1
+and 64, causal and not, ragged and not, either dtype, few and many workers (test_cases.py holds them
+to that). Then come values that a kernel must clamp. Tensors are made on the CPU and copied, as only
+our kernels are instrumented and others' writes go unnoticed. Results are copied back, but comparing
+them with a reference is the numerics tests' work. Prints where the time goes, and the number of
+decode launches.
 
-    python sanitizer_target.py D_QK [--fault memcheck|initcheck]
+    python sanitizer_target.py D_QK [--fault memcheck|initcheck] [--started TIME]
 
 With `--fault` there is one launch, and it does what that tool must find.
 """
@@ -12,119 +15,169 @@ With `--fault` there is one launch, and it does what that tool must find.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # cases, compare
+sys.path.insert(0, str(Path(__file__).parent.parent))  # cases, device_plan
 
 import mla
+import mla.api
 import torch
 from cases import Case, Inputs, make_problem
-from compare import check, reference
+from device_plan import Batch, host_schedule
 from mla import _mla
+from mla.device import facts, resolve
 from mla.variants import Variant
 
 # Lengths that fill whole groups of the schedule, so that no item is split, and lengths that do not.
 UNSPLIT, SPLIT = (120, 128, 125), (300, 0, 70)
-Q_LENS = {False: 2, True: (3, 0, 2)}  # by raggedness
+UNIFORM, RAGGED = 2, (3, 0, 2)  # query tokens
 H_Q = 20  # 40 rows a request: up to three row blocks, the last one not full
+# Few workers have several pieces each; partial results are combined by a warp each. With many
+# workers, most have one piece or none; the warps of a CTA combine together.
+FEW, MANY = 9, 64
+CASES_PER_ROW = 6
+OVERLAPPING = Batch([40] * 12, [5] + [0] * 11, 2 * H_Q, cuts=[0, 5] * 6 + [0])
+OVERLAPPING_WORKERS = 1
 DEVICE = "cuda"
 
 
-def cases(row: Variant) -> list[Case]:
-    found = []
-    choices = itertools.product((UNSPLIT, SPLIT), (1, 64), (False, True), (False, True))
-    for i, (seq_lens, page_size, causal, ragged) in enumerate(choices):
-        found.append(
-            Case(
-                seq_lens,
-                q_lens=Q_LENS[ragged],
-                h_q=H_Q,
-                d_qk=row.d_qk,
-                dtype=row.dtypes[i.bit_count() % len(row.dtypes)],
-                page_size=page_size,
-                causal=causal,
-                split_q=ragged,
-                split_cache=causal,
-            )
+def cases(row: Variant, number: int) -> Iterator[tuple[Case, int]]:
+    """For the row of this number in its process. With each case the number of workers.
+
+    The first case has the first of two values on every axis. The other five have the second value
+    on three of them each time, another three for every axis: two such threes out of five share one
+    and differ, so two axes show all four pairs of values. Each row has other threes.
+    """
+    threes = list(itertools.combinations(range(1, CASES_PER_ROW), 3))
+    for i in range(CASES_PER_ROW):
+        split, single, full, ragged, second, many = (
+            i in threes[(number + axis) % len(threes)] for axis in range(6)
         )
-    return found
+        case = Case(
+            SPLIT if split else UNSPLIT,
+            q_lens=RAGGED if ragged else UNIFORM,
+            h_q=H_Q,
+            d_qk=row.d_qk,
+            dtype=row.dtypes[second % len(row.dtypes)],
+            page_size=1 if single else 64,
+            causal=not full,
+            split_q=ragged,
+            split_cache=full,
+        )
+        yield case, MANY if many else FEW
 
 
-def is_split(case: Case, row: Variant) -> bool:
-    cu_seqlens_q = [0, *itertools.accumulate(case.query_lens)]
-    made = _mla.schedule(
-        list(case.seq_lens),
-        cu_seqlens_q if case.ragged else None,
-        0 if case.ragged else case.query_lens[0],
-        sum(case.query_lens),
-        case.h_q,
-        1000,
-        row.block_rows,
-        row.block_n,
-        torch.cuda.get_device_properties().multi_processor_count,
-    )
-    return bool(made["splits"])
+@functools.cache
+def inputs_of(case: Case) -> Inputs:
+    return make_problem(case, "cpu").to(DEVICE)
 
 
-def decode(inputs: Inputs, row: Variant) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse = mla.decode(**inputs.kwargs(), return_lse=True, variant=row.name)
-    return out.cpu(), lse.cpu()
+def is_split(case: Case, row: Variant, workers: int) -> bool:
+    batch, shape = Batch(case.seq_lens, case.q_lens, case.h_q), (row.block_rows, row.block_n)
+    return bool(host_schedule(batch, shape, workers)["splits"])
 
 
-def run_case(case: Case, row: Variant) -> None:
-    assert is_split(case, row) == (case.seq_lens == SPLIT), f"{case}: wrong lengths for {row.name}"
-    inputs = make_problem(case, "cpu")
-    check(decode(inputs.to(DEVICE), row), reference(inputs))
+def decode(inputs: Inputs, row: Variant, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """As on a GPU with so many SMs, so that the schedule is the same on every GPU."""
+    with mock.patch.object(mla.api, "facts", lambda it: replace(facts(it), sm_count=workers)):
+        result = mla.decode(**inputs.kwargs(), return_lse=True, variant=row.name)
+    torch.cuda.synchronize()
+    return result
 
 
-def run_untrusted_values(row: Variant) -> int:
+def run_case(case: Case, row: Variant, workers: int) -> None:
+    out, lse = decode(inputs_of(case), row, workers)
+    assert out.cpu().isfinite().all(), f"{case} on {row.name}"
+    assert not lse.cpu().isnan().any(), f"{case} on {row.name}"
+
+
+def run_wrong_values(row: Variant) -> None:
     """Lengths, page ids and query offsets out of range: the sanitizer sees where they lead."""
-    inputs = make_problem(Case(SPLIT, q_lens=Q_LENS[True], h_q=H_Q, d_qk=row.d_qk), "cpu")
-    assert inputs.cu_seqlens_q is not None
+    inputs = inputs_of(Case(SPLIT, q_lens=RAGGED, h_q=H_Q, d_qk=row.d_qk))
     wrong = {
         "seq_lens": torch.tensor([2**31 - 1, -7, 100_000], dtype=torch.int32),
-        "block_table": inputs.block_table.clone().fill_(2147480000),
+        "block_table": torch.full(inputs.block_table.shape, 2147480000, dtype=torch.int32),
         "cu_seqlens_q": torch.tensor([-5, 3, 2, 1000], dtype=torch.int32),
     }
-    for name, tensor in wrong.items():
-        decode(replace(inputs, **{name: tensor}).to(DEVICE), row)
-    return len(wrong)
+    on_device = {name: tensor.to(DEVICE) for name, tensor in wrong.items()}
+    decode(replace(inputs, **on_device), row, FEW)
+
+
+def run_overlapping_requests(row: Variant) -> None:
+    """More pieces of work than there is room for."""
+    batch = OVERLAPPING
+    assert not isinstance(batch.q_lens, int)
+    case = Case(tuple(batch.seq_lens), tuple(batch.q_lens), batch.h_q, row.d_qk)
+    cuts = torch.tensor(batch.cu_seqlens_q, dtype=torch.int32).to(DEVICE)
+    decode(replace(inputs_of(case), cu_seqlens_q=cuts), row, OVERLAPPING_WORKERS)
+
+
+def run_row(row: Variant, number: int) -> list[float]:
+    """The seconds of its launches; the first of a row loads its image."""
+    runs = [functools.partial(run_case, case, row, workers) for case, workers in cases(row, number)]
+    runs += [functools.partial(run, row) for run in (run_wrong_values, run_overlapping_requests)]
+    seconds = []
+    for run in runs:
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    return seconds
 
 
 def run_fault(tool: str, row: Variant) -> None:
-    inputs = make_problem(Case((100,), d_qk=row.d_qk), "cpu").to(DEVICE)
+    inputs = inputs_of(Case((100,), d_qk=row.d_qk))
     if tool == "initcheck":
         assert isinstance(inputs.q, torch.Tensor)
         inputs.q = torch.empty_like(inputs.q)
-    else:
-        launch = _mla.launch_decode
+        decode(inputs, row, FEW)
+        return
+    launch = _mla.launch_decode
 
-        def misdirected(name: str, dtype: str, params: _mla.DecodeParams, *rest: int) -> None:
-            params.lse = 4096  # nobody's memory
-            launch(name, dtype, params, *rest)
+    def misdirected(name: str, dtype: str, params: _mla.DecodeParams, *rest: int) -> None:
+        params.lse = 4096  # nobody's memory
+        launch(name, dtype, params, *rest)
 
-        _mla.launch_decode = misdirected
-    decode(inputs, row)
+    with mock.patch.object(_mla, "launch_decode", misdirected):
+        decode(inputs, row, FEW)
+
+
+def report(what: str, started: float) -> None:
+    """At once: a process that is ended has said how far it came."""
+    print(f"[{time.time() - started:5.1f} s] {what}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("d_qk", type=int)
     parser.add_argument("--fault", choices=["memcheck", "initcheck"])
+    parser.add_argument("--started", type=float, default=time.time(), help="as of time.time()")
     arguments = parser.parse_args()
-    rows = [row for row in mla.variants() if row.d_qk == arguments.d_qk]
+    torch.set_num_threads(1)  # there are as many processes as cores
+    report("imported torch", arguments.started)
+    device = resolve(DEVICE)
+    torch.zeros(1).to(DEVICE)
+    report("initialised CUDA", arguments.started)
+    rows = [
+        row
+        for row in mla.variants()
+        if row.d_qk == arguments.d_qk and not row.unsupported_device(device)
+    ]
     if arguments.fault:
         run_fault(arguments.fault, rows[0])
         return
     launches = 0
-    for row in rows:
-        for case in cases(row):
-            run_case(case, row)
-            launches += 1
-        launches += run_untrusted_values(row)
+    for number, row in enumerate(rows):
+        seconds = run_row(row, number)
+        launches += len(seconds)
+        each = " ".join(f"{s:.1f}" for s in seconds)
+        report(f"{row.name}: {sum(seconds):.1f} s, by launch {each}", arguments.started)
     print(f"decode launches: {launches}")
 
 

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +25,10 @@ from running import GPU_ROWS
 TARGET = Path(__file__).with_name("sanitizer_target.py")
 TIMEOUT = 400  # seconds a process
 FOUND = 86  # exit status when the tool has found something
-SEPARATE_ALLOCATIONS = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # one cudaMalloc a tensor, no reuse
+ENVIRONMENT = {
+    "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",  # one cudaMalloc a tensor, no reuse
+    "OMP_NUM_THREADS": "1",  # as many processes as cores run at a time
+}
 OPTIONS = {
     "memcheck": ["--padding", "512", "--report-api-errors", "no"],
     "racecheck": ["--racecheck-report", "all"],
@@ -38,7 +42,7 @@ CLEAN = [(tool, d_qk, "") for tool in OPTIONS for d_qk in DIMS]
 FAULTY = [("memcheck", 576, "memcheck"), ("initcheck", 576, "initcheck")]
 
 Run = tuple[str, int, str]  # tool, d_qk, planted fault
-Report = tuple[int, str]  # exit status, all output
+Report = tuple[int, str, float]  # exit status, all output, seconds
 Start = Callable[[Run], Future[Report]]
 
 
@@ -54,7 +58,9 @@ def execute(sanitizer: str, run: Run, port: int) -> Report:
     command = [sanitizer, "--tool", tool, *OPTIONS[tool], "--kernel-name", "kernel_substring=mla_"]
     command += ["--error-exitcode", str(FOUND), "--print-limit", "10", "--port", str(port)]
     command += ["--target-processes", "application-only", "--launch-timeout", "120"]
-    command += [sys.executable, str(TARGET), str(d_qk), *(["--fault", fault] if fault else [])]
+    started = time.time()
+    command += [sys.executable, str(TARGET), str(d_qk), "--started", str(started)]
+    command += ["--fault", fault] if fault else []
     try:
         done = subprocess.run(
             command,
@@ -62,13 +68,13 @@ def execute(sanitizer: str, run: Run, port: int) -> Report:
             stderr=subprocess.STDOUT,
             text=True,
             timeout=TIMEOUT,
-            env=os.environ | SEPARATE_ALLOCATIONS,
+            env=os.environ | ENVIRONMENT,
         )
     except subprocess.TimeoutExpired as expired:
         output = expired.stdout or b""
         text = output.decode(errors="replace") if isinstance(output, bytes) else output
-        return -1, f"{text}\nended after {TIMEOUT} s"
-    return done.returncode, done.stdout
+        return -1, f"{text}\nended after {TIMEOUT} s", time.time() - started
+    return done.returncode, done.stdout, time.time() - started
 
 
 @pytest.fixture(scope="module")
@@ -96,20 +102,25 @@ def start(request: pytest.FixtureRequest) -> Iterator[Start]:
         yield submit
 
 
-def read(start: Start, run: Run) -> Report:
-    status, output = start(run).result()
+def read(start: Start, run: Run, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Exit status and output. Shows where the time went, as the target says it."""
+    status, output, seconds = start(run).result()
     if "Device not supported" in output:
         pytest.skip("needs a machine on which compute-sanitizer supports the device")
+    tool, d_qk, fault = run
+    times = re.findall(r"^\[ *[\d.]+ s\] .*", output, re.MULTILINE)
+    with capsys.disabled():
+        print(f"\n{tool} d{d_qk} {fault and 'fault '}{seconds:.1f} s", *times, sep="\n")
     return status, output
 
 
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("run", CLEAN, ids=lambda run: f"{run[0]}-d{run[1]}")
-def test_finds_nothing(start: Start, run: Run) -> None:
+def test_finds_nothing(start: Start, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     tool, d_qk, _ = run
     if not any(row.d_qk == d_qk for row in GPU_ROWS):
         pytest.skip(f"no row of the table has d_qk = {d_qk}")
-    status, output = read(start, run)
+    status, output = read(start, run, capsys)
     report = output[-6000:]
     assert status == 0, report
     assert SUMMARY[tool] in output, report
@@ -120,9 +131,9 @@ def test_finds_nothing(start: Start, run: Run) -> None:
 
 @pytest.mark.sanitizer
 @pytest.mark.parametrize("run", FAULTY, ids=lambda run: run[2])
-def test_finds_a_planted_fault(start: Start, run: Run) -> None:
+def test_finds_a_planted_fault(start: Start, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """Our kernels are among those that it looks at."""
-    _, output = read(start, run)
+    _, output = read(start, run, capsys)
     what = {
         "memcheck": "Invalid __global__ write",
         "initcheck": "Uninitialized __global__ memory read",
