@@ -9,6 +9,19 @@ __device__ __forceinline__ int divide(int n, FastDivisor by) {
   return static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * by.multiplier >> by.shift);
 }
 
+// body(Index<First>{}), ..., body(Index<End - 1>{}): a loop whose counter is a constant in each round.
+template <int I>
+struct Index {
+  static constexpr int value = I;
+};
+template <int End, int First = 0, class Body>
+__device__ __forceinline__ void unrolled(Body&& body) {
+  if constexpr (First < End) {
+    body(Index<First>{});
+    unrolled<End, First + 1>(body);
+  }
+}
+
 constexpr float kNegInf = -__builtin_huge_valf();
 constexpr float kLn2 = 0.69314718055994530942f;
 

@@ -42,6 +42,10 @@ __device__ __forceinline__ void store_shared(uint32_t to, float x) {
 __device__ __forceinline__ void store_shared(uint32_t to, float x, float y) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x), "f"(y) : "memory");
 }
+__device__ __forceinline__ void store_shared_quad(uint32_t to, const float (&x)[4]) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
+               : "memory");
+}
 // Any struct of 16-byte size and alignment multiples.
 template <class Struct>
 __device__ __forceinline__ void store_shared_struct(uint32_t to, const Struct& x) {
@@ -67,14 +71,45 @@ __device__ __forceinline__ void load_shared_struct(Struct& x, uint32_t from) {
 // N floats, rounded to 16 bits.
 template <class T, int N>
 __device__ __forceinline__ void store_shared_as(uint32_t to, const float (&x)[N]) {
-  if constexpr (N == 1) {
-    asm volatile("st.shared.b16 [%0], %1;" ::"r"(to), "h"(static_cast<uint16_t>(pack2<T>(x[0], 0.f))) : "memory");
+  static_assert(N == 2 || N == 4);
+  if constexpr (N == 2) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(pack2<T>(x[0], x[1])) : "memory");
   } else {
-#pragma unroll
-    for (int i = 0; i < N; i += 2)
-      asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + i * 2), "r"(pack2<T>(x[i], x[i + 1])) : "memory");
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(to), "r"(pack2<T>(x[0], x[1])), "r"(pack2<T>(x[2], x[3]))
+                 : "memory");
   }
 }
+
+__device__ __forceinline__ void load_global(uint32_t (&x)[4],
+                                            const void* from) {  // 16 bytes that no kernel writes meanwhile
+  asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "l"(from));
+}
+__device__ __forceinline__ void store_global(void* to, const uint32_t (&x)[4]) {
+  *static_cast<uint4*>(to) = make_uint4(x[0], x[1], x[2], x[3]);
+}
+
+// Lanes 4 g to 4 g + 3 as the rows of a matrix of words: exchanges word i + Distance of the even lane (of bit Distance) for word i of
+// its partner's, `Bit` lanes on.
+template <int Bit, int Distance>
+__device__ __forceinline__ void exchange_words(uint32_t (&x)[4]) {
+  const bool odd = threadIdx.x & Bit;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (i & Distance) continue;
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? x[i] : x[i + Distance], Bit);
+    x[i] = odd ? other : x[i];
+    x[i + Distance] = odd ? x[i + Distance] : other;
+  }
+}
+// Word i of lane j and word j of lane i change places.
+__device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
+  exchange_words<1, 1>(x);
+  exchange_words<2, 2>(x);
+}
+// Even lanes get the first two words of both of a pair, odd lanes the last two.
+__device__ __forceinline__ void gather_pairs(uint32_t (&x)[4]) { exchange_words<1, 2>(x); }
 
 // Tells the compiler that all lanes hold the same value, so that it can live in a uniform register.
 __device__ __forceinline__ int warp_uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
@@ -87,21 +122,36 @@ __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, bool 
                "r"(valid ? 16 : 0), "n"(Offset)
                : "memory");
 }
-// `Count` such copies, `Step` bytes apart, from number `First`.
-template <int Count, int Step, int First = 0>
-__device__ __forceinline__ void cp_async_strided(uint32_t to, const void* from, bool valid) {
-  if constexpr (Count > 0) {
-    cp_async_16<First * Step>(to, from, valid);
-    cp_async_strided<Count - 1, Step, First + 1>(to, from, valid);
-  }
-}
-__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most `Pending` of this thread's latest groups are still in flight.
-template <int Pending>
-__device__ __forceinline__ void cp_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+__device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// Arrives at the mbarrier when all copies of this thread so far have landed.
+__device__ __forceinline__ void cp_async_arrive(uint32_t mbarrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(mbarrier) : "memory");
 }
 
+__device__ __forceinline__ void mbarrier_init(uint32_t mbarrier, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(mbarrier), "r"(count) : "memory");
+}
+__device__ __forceinline__ void mbarrier_arrive(uint32_t mbarrier) {
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(mbarrier) : "memory");
+}
+// Whether a phase has ended: the first has parity 0, and the one before the first, which has ended, 1.
+__device__ __forceinline__ bool mbarrier_ended(uint32_t mbarrier, int parity) {
+  uint32_t ended;
+  asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}"
+               : "=r"(ended)
+               : "r"(mbarrier), "r"(parity)
+               : "memory");
+  return ended;
+}
+__device__ __forceinline__ void mbarrier_wait(uint32_t mbarrier, int parity) {
+  while (!mbarrier_ended(mbarrier, parity)) {
+  }
+}
+
+// Barriers of some of the CTA's warps; number 0 is that of __syncthreads.
+__device__ __forceinline__ void barrier_sync(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
 // 8 x 8 tiles of 16-bit elements; lane i gives the address of row i % 8 of tile i / 8.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

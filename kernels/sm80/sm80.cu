@@ -4,16 +4,19 @@
 // final (the piece is the whole item) or partial (combine.cu merges it). The KV tile is read from memory once and used twice,
 // as K (all d_qk columns) and as V (the first d_v), for every query row of the block.
 //
-//   logits   S[block_rows, block_n] = Q K^T. Warps share the rows (16 each), the tokens and the columns of d_qk; each keeps its
-//            part of Q in registers for the whole piece, so K is the only operand read from shared memory. Warps that hold
-//            different columns leave their partial logits in shared memory.
-//   softmax  256 / block_rows neighbouring threads own a row: they add the partial logits, mask, keep the running max and sum,
-//            and leave P in shared memory in 16 bits.
-//   values   O[block_rows, d_v] += P V. Each warp owns d_v / 8 columns of all rows, in registers.
+// The warps form two groups of four that never wait for one another but for KV: while one computes, the other waits, and the
+// reverse. With 32 and 64 rows, each group has half of the rows and both walk the same tiles; with 16 rows, the groups take tiles
+// in turn and their results are merged at the end of the piece. For one tile, a group computes
 //
-// Two barriers a tile: the logits of the next tile are ready, its P is ready. The values of this tile fill the waits of the softmax of
-// the next. Rows in shared memory are padded by 16 bytes: an odd number of 16-byte chunks puts the eight rows of an ldmatrix in
-// eight different bank groups, with no address arithmetic. Schedule, budgets and what was tried: sm80.md.
+//   logits   S[rows, block_n] = Q K^T. Each warp has a quarter of the columns of d_qk; it keeps its part of Q in registers for the
+//            whole piece, so K is the only operand read from shared memory. It leaves its partial logits in shared memory.
+//   softmax  128 / rows neighbouring threads own a row: they add the partial logits, mask, keep the running max and sum, and
+//            leave P in shared memory in 16 bits.
+//   values   O[rows, d_v] += P V. Each warp owns a quarter of the columns, in registers. Between its steps, the group's share of
+//            a later tile is copied to the stage that was left last.
+//
+// Rows in shared memory are padded by 16 bytes: an odd number of 16-byte chunks puts the eight rows of an ldmatrix in eight
+// different bank groups, with no address arithmetic. Schedule, budgets and what was tried: sm80.md.
 
 #include <cstddef>
 
@@ -26,67 +29,59 @@ namespace mla::sm80 {
 
 template <class C>
 struct Shape {
-  static constexpr int row_warps = C::block_rows / 16;              // warps that differ in their rows
-  static constexpr int column_warps = C::block_rows == 16 ? 4 : 2;  // in their columns of d_qk
-  static constexpr int token_warps = C::warps / (row_warps * column_warps);
-  static constexpr int warp_tokens = C::block_n / token_warps;
-  static constexpr int k_steps = C::d_qk / 16;  // of 16 columns
-  static constexpr int warp_k_steps = (k_steps + column_warps - 1) / column_warps;
-  // Independent sums over the columns of d_qk, as an mma waits for the one before; four tiles of 8 tokens need no second.
-  static constexpr int logit_chains = warp_tokens <= 16 ? 2 : 1;
-  static constexpr int warp_v = C::d_v / C::warps;                    // columns of O that a warp owns
-  static constexpr int row_threads = C::threads / C::block_rows;      // softmax threads per row
-  static constexpr int row_tokens = C::block_n / row_threads;         // logits per softmax thread
-  static constexpr int copy_threads = C::threads / C::block_n;        // threads that copy one KV row
-  static constexpr bool tight = C::block_rows == 64 && C::d_v > 256;  // O and Q fill the registers
-  // The values of a tile go beside the logits of the next, not beside its softmax: if there are no registers for more, or no
-  // stage to spare, as the softmax's way holds a tile's stage for a step longer.
-  static constexpr bool values_beside_logits = tight || C::stages == 3;
-  static constexpr int address_rows = C::d_v > 256 ? 128 : 256;          // KV rows looked up at once
+  static constexpr int groups = 2, group_warps = 4, group_threads = 32 * group_warps;
+  static constexpr int tile_groups = C::block_rows == 16 ? 2 : 1;  // groups that take tiles in turn
+  static constexpr int row_groups = groups / tile_groups;          // groups that have different rows of the same tiles
+  static constexpr int group_rows = C::block_rows / row_groups;
+  static constexpr int row_tiles = group_rows / 16;
+  static constexpr int ring_stages =
+      C::stages / tile_groups;  // groups with tiles of their own have a ring of their own
+  static constexpr int ring_warps = C::warps / tile_groups;
+
+  // Logits: 16 columns a k-step.
+  static constexpr int k_steps = C::d_qk / 16, warp_k_steps = (k_steps + group_warps - 1) / group_warps;
+  static constexpr bool tight = row_tiles == 2 && C::d_v > 256;                    // O and Q fill the registers
+  static constexpr int pass_tokens = row_tiles == 2 || C::block_n < 32 ? 16 : 32;  // at a time
+  // Independent sums over the columns of d_qk, as an mma waits for the one before.
+  static constexpr int logit_chains = row_tiles * pass_tokens / 8 < 4 ? 2 : 1;
+
+  static constexpr int row_threads = group_threads / group_rows;  // softmax threads per row
+  static constexpr int row_tokens = C::block_n / row_threads;     // logits per softmax thread
+  static constexpr int warp_v = C::d_v / group_warps;             // columns of O that a warp owns
+
+  static constexpr int load_rows = C::block_n / row_groups;              // rows of a tile that a group copies
+  static constexpr int copy_threads = group_threads / load_rows;         // threads per row
+  static constexpr int address_rows = 64;                                // KV rows that a group looks up at once
   static constexpr int row_chunks = C::d_qk / 8, v_chunks = C::d_v / 8;  // of 16 bytes
-  static_assert(row_warps * column_warps * token_warps == C::warps && warp_tokens % 8 == 0 && warp_v % 16 == 0);
-  static_assert(C::d_v % (16 * column_warps) == 0 && v_chunks % copy_threads == 0 && row_threads <= 32 &&
-                C::stages >= 3);
+  static constexpr int latent_copies = v_chunks / copy_threads;          // per thread and tile
+  static constexpr int rope_copies = (row_chunks - v_chunks + copy_threads - 1) / copy_threads;
+
+  static_assert(C::warps == groups * group_warps && C::stages % tile_groups == 0 && ring_stages >= 2);
+  static_assert(C::block_n % pass_tokens == 0 && warp_v % 16 == 0 && v_chunks % copy_threads == 0 && row_threads <= 32);
+  static_assert(C::d_v % (16 * group_warps) == 0 && address_rows % load_rows == 0 && address_rows <= group_threads);
 };
 
-// What this thread's index means to each step. Cheap to derive, so with 64 rows and d_v = 512 the loop forgets it
-// every round: the derived addresses would not fit beside O and Q.
+// What this thread's index means to each step.
 template <class C>
 struct Place {
   using S = Shape<C>;
-  int thread;
+  unsigned thread;
 
-  __device__ __forceinline__ void forget() {
-    if constexpr (S::tight) asm volatile("" : "+r"(thread));
-  }
   __device__ __forceinline__ int lane() const { return thread % 32; }
-  __device__ __forceinline__ int warp() const { return thread / 32; }
+  __device__ __forceinline__ int group() const { return thread / S::group_threads; }
+  __device__ __forceinline__ int warp() const { return thread / 32 % S::group_warps; }  // of the group
+  __device__ __forceinline__ int member() const { return thread % S::group_threads; }
+  __device__ __forceinline__ int tile_group() const { return S::tile_groups > 1 ? group() : 0; }
+  __device__ __forceinline__ int row_group() const { return S::row_groups > 1 ? group() : 0; }
   // mma fragments: rows quad and quad + 8, columns pair and pair + 1
-  __device__ __forceinline__ int quad() const { return lane() / 4; }
-  __device__ __forceinline__ int pair() const { return lane() % 4 * 2; }
-  // logits: which columns, tokens and rows the warp has
-  __device__ __forceinline__ int column_warp() const { return warp() % S::column_warps; }
-  __device__ __forceinline__ int token_warp() const { return warp() / S::column_warps % S::token_warps; }
-  __device__ __forceinline__ int row_warp() const { return warp() / (S::column_warps * S::token_warps); }
-  // softmax: the row, and which of its tokens
-  __device__ __forceinline__ int soft_row() const { return thread / S::row_threads; }
+  __device__ __forceinline__ int quad() const { return thread % 32 / 4; }
+  __device__ __forceinline__ int pair() const { return thread % 4 * 2; }
+  // softmax: the row of the group, and which of its tokens
+  __device__ __forceinline__ int soft_row() const { return thread % S::group_threads / S::row_threads; }
   __device__ __forceinline__ int soft_lane() const { return thread % S::row_threads; }
-  // loads: the KV row of the tile, and which of its chunks
-  __device__ __forceinline__ int copy_row() const { return thread / S::copy_threads; }
+  // loads: which of the tile's rows that the group copies, and which of its chunks
+  __device__ __forceinline__ int copy_row() const { return thread % S::group_threads / S::copy_threads; }
   __device__ __forceinline__ int copy_chunk() const { return thread % S::copy_threads; }
-};
-
-// Where the loop stands, the same in all threads.
-struct alignas(16) Progress {
-  int index, tile, end_tile;            // piece and tile of the values
-  int next_index, next_tile;            // of the logits
-  int load_index, load_tile, load_end;  // of the loads
-  int stage, next_stage;                // of the values, of the logits
-  int free_stage;                       // of the tile before the values': to be filled; -1 before the second tile
-  int parity;                           // of the values' tile
-  int end_index, member;                // behind the worker's last piece, and which row block of a bundle it has
-  int addressed_tile;                   // up to which the loads' row addresses are known
-  const Piece* pieces;
 };
 
 // Where a KV row lies in memory; latent == nullptr: past the end of the request.
@@ -94,299 +89,334 @@ struct alignas(16) RowAddress {
   const uint16_t *latent, *rope;
 };
 
+// The tiles whose row addresses a group looks up next: piece, first of them and last of the piece, its request.
+struct alignas(16) Cursor {
+  int index, tile, end_tile;
+  int request, len;
+  int unused[3];
+};
+
 template <class C>
 struct Smem {
+  using S = Shape<C>;
   uint16_t kv[C::stages][C::block_n][C::d_qk + 8];
-  uint16_t p[2][C::block_rows][C::block_n + 8];  // by parity of the tile
-  float logits[Shape<C>::column_warps][C::block_rows][C::block_n + 8];
-  // Per row, and but for the last per stage of the tile: what O must be multiplied by before P V is added; one over the sum of P,
-  // written with the last tile of a piece; the max that P is relative to; how many KV tokens the row sees.
-  float rescale[C::stages][C::block_rows], inv_sum[C::stages][C::block_rows], row_max[C::stages][C::block_rows];
-  float visible[C::block_rows];
-  RowAddress addresses[Shape<C>::address_rows];  // of the tiles to be loaded next
-  // While O and Q need all registers: the progress, a copy per warp so that no barrier is needed, and the threads' row sums.
-  struct Parked {
-    Progress at;
-    float row_sum[32];
-  } parked[Shape<C>::tight ? C::warps : 0];
+  struct alignas(128) Group {
+    float logits[S::group_warps][S::group_rows][C::block_n];  // partial, by warp; see logits_at
+    uint16_t p[S::group_rows][C::block_n + 8];
+    float rescale[S::group_rows];                          // what O must be multiplied by before P V is added
+    int rescale_tile;                                      // `tiles` of the last tile for which any of them was not 1
+    float row_max[S::group_rows], row_sum[S::group_rows];  // at the end of a piece
+    int given_stage;                                       // where the half of O lies that the group gives away
+    RowAddress addresses[S::address_rows];                 // of the rows to be loaded next
+    Cursor cursor;
+    int piece_index[S::group_warps];                   // each warp's, as registers are short in the loop
+    float parked[S::tight ? 3 : 0][S::group_threads];  // each thread's part of the softmax, likewise
+  } groups[S::groups];
+  uint64_t full[C::stages], empty[C::stages];  // mbarriers: a tile has landed, a tile has been read
 };
 
 template <class C, int SmemBytes>
 __device__ __forceinline__ void decode(const DecodeParams& p) {
   using T = typename C::Element;
   using S = Shape<C>;
+  using Group = typename Smem<C>::Group;
   static_assert(sizeof(Smem<C>) == SmemBytes, "the smem column of variants.inc must be sizeof(Smem)");
-  extern __shared__ __align__(16) unsigned char smem_bytes[];
+  extern __shared__ __align__(128) unsigned char smem_bytes[];
   const uint32_t smem = shared_address(smem_bytes);
-  constexpr int kv_row = (C::d_qk + 8) * 2, p_row = (C::block_n + 8) * 2, logits_row = (C::block_n + 8) * 4;  // bytes
+  constexpr int kv_row = (C::d_qk + 8) * 2, p_row = (C::block_n + 8) * 2, logits_row = C::block_n * 4;  // bytes
+
+  Place<C> me{threadIdx.x};
   auto kv_at = [&](int stage, int token, int column) {
-    return smem + offsetof(Smem<C>, kv) + (stage * C::block_n + token) * kv_row + column * 2;
+    return smem + static_cast<uint32_t>(offsetof(Smem<C>, kv)) +
+           ((me.tile_group() * S::ring_stages + stage) * C::block_n + token) * kv_row + column * 2;
   };
-  auto p_at = [&](int parity, int row, int token) {
-    return smem + offsetof(Smem<C>, p) + (parity * C::block_rows + row) * p_row + token * 2;
+  auto group_at = [&](int group, size_t offset) {
+    return smem + static_cast<uint32_t>(offsetof(Smem<C>, groups) + offset) + group * static_cast<int>(sizeof(Group));
   };
-  auto logits_at = [&](int column_warp, int row, int token) {
-    return smem + offsetof(Smem<C>, logits) + (column_warp * C::block_rows + row) * logits_row + token * 4;
+  // Neighbouring rows have their 16-byte chunks in different banks: chunk c of a row is stored in place of chunk c ^ f(row).
+  auto logits_at = [&](int warp, int row, int token) {
+    const int swizzle = C::block_n >= 32 ? row % 2 * 4 + (row & 2) : row & 2;
+    return group_at(me.group(), offsetof(Group, logits)) + (warp * S::group_rows + row) * logits_row +
+           (token / 4 ^ swizzle) * 16 + token % 4 * 4;
   };
-  auto row_offset = [](int stage, int row) { return (stage * C::block_rows + row) * 4; };
-  auto rescale_at = [&](int stage, int row) { return smem + offsetof(Smem<C>, rescale) + row_offset(stage, row); };
-  auto inv_sum_at = [&](int stage, int row) { return smem + offsetof(Smem<C>, inv_sum) + row_offset(stage, row); };
-  auto row_max_at = [&](int stage, int row) { return smem + offsetof(Smem<C>, row_max) + row_offset(stage, row); };
-  auto visible_at = [&](int row) { return smem + offsetof(Smem<C>, visible) + row * 4; };
+  auto p_at = [&](int row, int token) { return group_at(me.group(), offsetof(Group, p)) + row * p_row + token * 2; };
+  auto rescale_at = [&](int row) { return group_at(me.group(), offsetof(Group, rescale)) + row * 4; };
+  auto rescale_tile_at = [&] { return group_at(me.group(), offsetof(Group, rescale_tile)); };
+  auto given_stage_at = [&](int group) { return group_at(group, offsetof(Group, given_stage)); };
+  auto row_max_at = [&](int group, int row) { return group_at(group, offsetof(Group, row_max)) + row * 4; };
+  auto row_sum_at = [&](int group, int row) { return group_at(group, offsetof(Group, row_sum)) + row * 4; };
+  auto cursor_at = [&] { return group_at(me.group(), offsetof(Group, cursor)); };
+  auto address_at = [&](int row) {
+    return group_at(me.group(), offsetof(Group, addresses)) + row * static_cast<int>(sizeof(RowAddress));
+  };
+  auto full_at = [&](int stage) {
+    return smem + static_cast<uint32_t>(offsetof(Smem<C>, full)) + (me.tile_group() * S::ring_stages + stage) * 8;
+  };
+  auto empty_at = [&](int stage) { return full_at(stage) + C::stages * 8; };
+  // Among the threads of a group.
+  auto group_barrier = [&] { barrier_sync(1 + me.group(), S::group_threads); };
 
-  Place<C> me{static_cast<int>(threadIdx.x)};
   const schedule::PlanView plan = schedule::view(p.plan, p.num_workers);
-  const PlanWorker worker = plan.workers[blockIdx.x];
-  Progress at{};
-  at.free_stage = -1;
-  at.pieces = plan.pieces;
-  at.end_index = worker.end_piece;
-  at.member = worker.member;
+  auto worker = [&] {  // read anew each time: no registers are spent on it in the loop
+    uint32_t words[4];
+    load_global(words, &plan.workers[blockIdx.x]);
+    return PlanWorker{static_cast<int>(words[0]), static_cast<int>(words[1]), static_cast<int>(words[2]), 0};
+  };
 
-  auto first_row_of = [&](const Piece& piece) { return piece.first_row + at.member * C::block_rows; };
-  auto num_rows_of =
-      [&](const Piece& piece) {  // that exist of this worker's block; may be none, or more than the block has
-        return piece.num_tokens * p.lengths.h_q - first_row_of(piece);
-      };
+  auto first_row_of = [&](const Piece& piece) { return piece.first_row + worker().member * C::block_rows; };
+  // That exist of this worker's block; may be none, or more than the block has.
+  auto num_rows_of = [&](const Piece& piece) { return piece.num_tokens * p.lengths.h_q - first_row_of(piece); };
   auto len_of = [&](const Piece& piece) {  // a plan may have been made for a longer block table
     return static_cast<int>(min(int64_t{piece.len}, p.lengths.max_len));
   };
-  // This worker's next piece at or after number `index`, or end_index. Others hold no row block for it, or no tile.
-  auto next_piece_at = [&](int index) {
-    while (index < at.end_index &&
-           (num_rows_of(at.pieces[index]) <= 0 || at.pieces[index].first_tile >= at.pieces[index].end_tile))
+  // The worker's next piece at or after number `index` of which tile number `tile` and a row of this block exist, or end_piece.
+  auto next_piece_at = [&](int index, int tile) {
+    const int end_piece = worker().end_piece;
+    while (index < end_piece && (num_rows_of(plan.pieces[index]) <= 0 ||
+                                 plan.pieces[index].first_tile + tile >= plan.pieces[index].end_tile))
       ++index;
     return warp_uniform(index);
   };
 
-  float row_sum = 0.f;  // of P over this thread's tokens
-  using Parked = typename Smem<C>::Parked;
-  auto parked = [&] { return smem + offsetof(Smem<C>, parked) + me.warp() * sizeof(Parked); };
-  auto park = [&] {
-    if constexpr (S::tight) {
-      if (me.lane() == 0) store_shared_struct(parked(), at);
-      __syncwarp();  // all lanes load it back
-      store_shared(parked() + offsetof(Parked, row_sum) + me.lane() * 4, row_sum);
-    }
-  };
-  auto unpark = [&] {
-    if constexpr (S::tight) {
-      load_shared_struct(at, parked());
-      row_sum = load_shared(parked() + offsetof(Parked, row_sum) + me.lane() * 4);
-    }
-  };
-
   // ---- loading KV. Addresses first: the rows of several tiles at once, a thread each, through the block table ----
 
-  auto address_at = [&](int row) { return smem + offsetof(Smem<C>, addresses) + row * sizeof(RowAddress); };
-  auto needs_addresses = [&] { return at.load_index < at.end_index && at.load_tile == at.addressed_tile; };
-  auto look_up_page = [&] {  // of the row that this thread is to address
-    const Piece& piece = at.pieces[at.load_index];
-    const int token = at.load_tile * C::block_n + me.thread;
-    if (me.thread >= S::address_rows || token >= len_of(piece)) return -1;
-    return max(0, p.block_table[piece.request * p.block_table_stride + divide(token, p.by_page_size)]);
-  };
-  auto write_address = [&](int page) {
-    const int token = at.load_tile * C::block_n + me.thread;
-    const int slot = token - divide(token, p.by_page_size) * p.page_size;
-    RowAddress row{};
-    if (page >= 0) {
-      page = min(page, p.num_pages - 1);  // whatever the table says, the read stays inside the pool
-      row.latent =
-          static_cast<const uint16_t*>(p.latent) + page * p.latent_strides.page + slot * p.latent_strides.token;
-      row.rope = static_cast<const uint16_t*>(p.rope) + page * p.rope_strides.page + slot * p.rope_strides.token;
+  constexpr int lookup_tiles =
+      S::address_rows / S::load_rows;  // at most, of one piece; they fill the end of the addresses
+  int addressed = 0;                   // tiles that can be loaded before the next look-up
+  auto move_cursor = [&](int index) {  // to the beginning of a piece
+    Cursor cursor{};
+    cursor.index = next_piece_at(index, me.tile_group());
+    if (cursor.index < worker().end_piece) {
+      const Piece& piece = plan.pieces[cursor.index];
+      cursor.tile = piece.first_tile + me.tile_group();
+      cursor.end_tile = piece.end_tile;
+      cursor.request = piece.request;
+      cursor.len = len_of(piece);
     }
-    if (me.thread < S::address_rows) store_shared_struct(address_at(me.thread), row);
-    at.addressed_tile = at.load_tile + S::address_rows / C::block_n;
+    if (me.member() == 0) store_shared_struct(cursor_at(), cursor);
   };
-  auto begin_load_piece = [&](int index) {
-    at.load_index = index;
-    if (index == at.end_index) return;
-    at.addressed_tile = at.load_tile = warp_uniform(at.pieces[index].first_tile);
-    at.load_end = warp_uniform(at.pieces[index].end_tile);
+  struct Lookup {
+    int token;  // -1: no row is to be loaded
+    int page;   // as the table says: looked at only later, so that nobody waits for it
   };
-  // Each thread copies part of one row. Its address registers are returned: reused at once, they would make the warp wait until
-  // the load-store unit has taken all copies.
+  auto look_up = [&] {
+    Cursor cursor;
+    load_shared_struct(cursor, cursor_at());
+    const int tiles = min(lookup_tiles, (cursor.end_tile - cursor.tile + S::tile_groups - 1) / S::tile_groups);
+    const int tile = cursor.tile + (me.member() / S::load_rows - lookup_tiles + tiles) * S::tile_groups;
+    const int token = tile * C::block_n + me.row_group() * S::load_rows + me.member() % S::load_rows;
+    addressed = tiles > 0 ? tiles : lookup_tiles;  // behind the last tile: as many times nothing
+    if (me.member() >= S::address_rows || tile < cursor.tile || token >= cursor.len) return Lookup{-1, 0};
+    return Lookup{token, p.block_table[cursor.request * p.block_table_stride + divide(token, p.by_page_size)]};
+  };
+  auto write_address = [&](const Lookup& row) {
+    RowAddress address{};
+    if (row.token >= 0) {
+      const int page = min(max(row.page, 0), p.num_pages - 1);  // whatever the table says, inside the pool
+      const int slot = row.token - divide(row.token, p.by_page_size) * p.page_size;
+      address.latent =
+          static_cast<const uint16_t*>(p.latent) + page * p.latent_strides.page + slot * p.latent_strides.token;
+      address.rope = static_cast<const uint16_t*>(p.rope) + page * p.rope_strides.page + slot * p.rope_strides.token;
+    }
+    if (me.member() < S::address_rows) store_shared_struct(address_at(me.member()), address);
+    if (me.warp() != 0) return;
+    Cursor cursor;
+    load_shared_struct(cursor, cursor_at());
+    cursor.tile += addressed * S::tile_groups;
+    __syncwarp();  // all lanes have read it
+    if (cursor.tile < cursor.end_tile) {
+      if (me.lane() == 0) store_shared_struct(cursor_at(), cursor);
+    } else if (cursor.index < worker().end_piece) {
+      move_cursor(cursor.index + 1);
+    }
+  };
+  // Each thread copies part of one row, in parts that go between the steps of other work: all at once they would only queue
+  // for the load-store unit. Beyond the last tile, zeros are written to a stage that nobody reads.
   struct Copy {
-    const uint16_t *latent, *rope;
+    RowAddress row;
     uint32_t to;
   };
-  auto load_tile_into = [&](int stage) {
+  auto begin_copy = [&](int stage) {
     Copy copy{};
-    if (at.load_index < at.end_index) {
-      RowAddress row;
-      const int tiles_left = at.addressed_tile - at.load_tile;
-      load_shared_struct(row, address_at(S::address_rows - tiles_left * C::block_n + me.copy_row()));
-      const bool exists = row.latent != nullptr;  // if not, zeros: whatever lies there, NaN too, must not reach O
-      copy.latent = (exists ? row.latent : static_cast<const uint16_t*>(p.latent)) + me.copy_chunk() * 8;
-      copy.rope = (exists ? row.rope : static_cast<const uint16_t*>(p.rope)) + me.copy_chunk() * 8;
-      copy.to = kv_at(stage, me.copy_row(), me.copy_chunk() * 8);
-      constexpr int step = S::copy_threads * 16, rope_chunks = S::row_chunks - S::v_chunks;
-      constexpr int rope_copies = rope_chunks / S::copy_threads, rope_rest = rope_chunks % S::copy_threads;
-      cp_async_strided<S::v_chunks / S::copy_threads, step>(copy.to, copy.latent, exists);
-      cp_async_strided<rope_copies, step>(copy.to + S::v_chunks * 16, copy.rope, exists);
-      if (me.copy_chunk() < rope_rest) cp_async_16<rope_copies * step>(copy.to + S::v_chunks * 16, copy.rope, exists);
-      if (++at.load_tile == at.load_end) begin_load_piece(next_piece_at(at.load_index + 1));
-    }
-    cp_async_commit();  // one group per tile, also when empty: cp_async_wait counts them
+    load_shared_struct(copy.row, address_at(S::address_rows - addressed * S::load_rows + me.copy_row()));
+    --addressed;
+    copy.to = kv_at(stage, me.row_group() * S::load_rows + me.copy_row(), me.copy_chunk() * 8);
     return copy;
   };
+  auto copy_part = [&](const Copy& copy, auto part) {
+    constexpr int step = S::copy_threads * 16, i = part.value - S::latent_copies;
+    const bool exists = copy.row.latent != nullptr;  // if not, zeros: whatever lies there, NaN too, must not reach O
+    if constexpr (i < 0) {
+      cp_async_16<part.value * step>(copy.to, copy.row.latent + me.copy_chunk() * 8, exists);
+    } else {
+      constexpr int left = S::row_chunks - S::v_chunks - i * S::copy_threads;
+      if (left >= S::copy_threads || me.copy_chunk() < left)
+        cp_async_16<i * step>(copy.to + S::v_chunks * 16, copy.row.rope + me.copy_chunk() * 8, exists);
+    }
+  };
+  constexpr int copy_parts = S::latent_copies + S::rope_copies;
 
-  // ---- queries: fragments of this warp's 16 rows and its share of d_qk ----
+  // ---- queries: fragments of the group's rows and this warp's share of d_qk ----
 
-  // Of k-steps column_warp, column_warp + column_warps, ..., so that all warps turn from the latent to RoPE at once.
-  uint32_t q[S::warp_k_steps][4];
+  // Of k-steps warp, warp + 4, ..., so that all warps turn from the latent to RoPE at once.
+  uint32_t q[S::row_tiles][S::warp_k_steps][4];
   auto has_k_step = [&](int k) {  // false in the last round if the warps do not divide the steps
-    return (k + 1) * S::column_warps <= S::k_steps || k * S::column_warps + me.column_warp() < S::k_steps;
+    return (k + 1) * S::group_warps <= S::k_steps || k * S::group_warps + me.warp() < S::k_steps;
   };
   auto load_q = [&](const Piece& piece) {
+    const int quad_lane = me.thread % 4;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int block_row = me.row_warp() * 16 + half * 8 + me.quad(), row = first_row_of(piece) + block_row;
+    for (int half = 0; half < 2 * S::row_tiles; ++half) {
+      const int block_row = me.row_group() * S::group_rows + half * 8 + me.quad(),
+                row = first_row_of(piece) + block_row;
       const int token = divide(row, p.by_h_q), head = row - token * p.lengths.h_q;
-      const int column = me.column_warp() * 16 + me.pair();
       const auto* nope = static_cast<const uint16_t*>(p.q_nope) + piece.request * p.q_nope_strides.batch +
-                         (piece.first_token + token) * p.q_nope_strides.token + head * p.q_nope_strides.head + column;
+                         (piece.first_token + token) * p.q_nope_strides.token + head * p.q_nope_strides.head;
       const auto* rope = static_cast<const uint16_t*>(p.q_rope) + piece.request * p.q_rope_strides.batch +
-                         (piece.first_token + token) * p.q_rope_strides.token + head * p.q_rope_strides.head + column;
+                         (piece.first_token + token) * p.q_rope_strides.token + head * p.q_rope_strides.head;
+      // A thread loads one half of one of two k-steps, 16 bytes; the four of a row then exchange words.
+      uint32_t words[(S::warp_k_steps + 1) / 2][4] = {};
+#pragma unroll
+      for (int k = 0; k < S::warp_k_steps; k += 2) {
+        const int step = ((k + quad_lane / 2) * S::group_warps + me.warp()) * 16, column = step + quad_lane % 2 * 8;
+        if (block_row < num_rows_of(piece) && step < C::d_qk)
+          load_global(words[k / 2], step < C::d_v ? nope + column : rope + column - C::d_v);
+      }
 #pragma unroll
       for (int k = 0; k < S::warp_k_steps; ++k) {
-        const int step = k * S::column_warps * 16;
-        const auto* from = step < C::d_v ? nope + step : rope + step - C::d_v;
-        const bool exists = block_row < num_rows_of(piece) && has_k_step(k);
-        q[k][half] = exists ? __ldg(reinterpret_cast<const uint32_t*>(from)) : 0;
-        q[k][half + 2] = exists ? __ldg(reinterpret_cast<const uint32_t*>(from + 8)) : 0;
+        auto& pair = words[k / 2];
+        if (k % 2 == 0) transpose_quad(pair);
+        q[half / 2][k][half % 2] = pair[k % 2 * 2];
+        q[half / 2][k][half % 2 + 2] = pair[k % 2 * 2 + 1];
       }
     }
   };
 
-  // ---- logits: this warp's rows x tokens, summed over its columns ----
+  // ---- logits: the group's rows x the tile's tokens, summed over this warp's columns ----
 
   auto compute_logits = [&](int stage) {
-    float s[S::logit_chains][S::warp_tokens / 8][4] = {};
-    const int token = me.lane() % 8 + (S::warp_tokens >= 16 ? me.lane() / 16 * 8 : 0), column = me.lane() / 8 % 2 * 8;
-    const uint32_t k_tile = kv_at(stage, me.token_warp() * S::warp_tokens + token, me.column_warp() * 16 + column);
+    const uint32_t k_tile =
+        kv_at(stage, me.thread % 8 + me.thread / 16 % 2 * 8, me.warp() * 16 + me.thread / 8 % 2 * 8);
+    const uint32_t to = logits_at(me.warp(), me.quad(), me.pair());
 #pragma unroll
-    for (int k = 0; k < S::warp_k_steps; ++k) {
-      if (!has_k_step(k)) break;
-      auto& chain = s[k % S::logit_chains];
-      const uint32_t k_step = k_tile + k * S::column_warps * 32;
-      if constexpr (S::warp_tokens == 8) {
-        uint32_t b[2];
-        ldmatrix_x2(b, k_step);
-        mma_16x8x16<T>(chain[0], q[k], b[0], b[1]);
-      } else {
+    for (int first_token = 0; first_token < C::block_n; first_token += S::pass_tokens) {
+      float s[S::logit_chains][S::row_tiles][S::pass_tokens / 8][4] = {};
 #pragma unroll
-        for (int n = 0; n < S::warp_tokens / 16; ++n) {
+      for (int k = 0; k < S::warp_k_steps; ++k) {
+        if (!has_k_step(k)) break;
+        auto& chain = s[k % S::logit_chains];
+#pragma unroll
+        for (int n = 0; n < S::pass_tokens / 16; ++n) {
           uint32_t b[4];
-          ldmatrix_x4(b, k_step + n * 16 * kv_row);
-          mma_16x8x16<T>(chain[2 * n], q[k], b[0], b[1]);
-          mma_16x8x16<T>(chain[2 * n + 1], q[k], b[2], b[3]);
+          ldmatrix_x4(b, k_tile + (first_token + n * 16) * kv_row + k * S::group_warps * 32);
+#pragma unroll
+          for (int m = 0; m < S::row_tiles; ++m) {
+            mma_16x8x16<T>(chain[m][2 * n], q[m][k], b[0], b[1]);
+            mma_16x8x16<T>(chain[m][2 * n + 1], q[m][k], b[2], b[3]);
+          }
         }
       }
-    }
-    const uint32_t to =
-        logits_at(me.column_warp(), me.row_warp() * 16 + me.quad(), me.token_warp() * S::warp_tokens + me.pair());
 #pragma unroll
-    for (int n = 0; n < S::warp_tokens / 8; ++n) {
+      for (int m = 0; m < S::row_tiles; ++m)
 #pragma unroll
-      for (int c = 1; c < S::logit_chains; ++c)
+        for (int n = 0; n < S::pass_tokens / 8; ++n) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) s[0][n][i] += s[c][n][i];
-      store_shared(to + n * 32, s[0][n][0], s[0][n][1]);
-      store_shared(to + n * 32 + 8 * logits_row, s[0][n][2], s[0][n][3]);
+          for (int c = 1; c < S::logit_chains; ++c)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) s[0][m][n][i] += s[c][m][n][i];
+          const uint32_t tile = (to ^ (first_token + n * 8) * 4) + m * 16 * logits_row;
+          store_shared(tile, s[0][m][n][0], s[0][m][n][1]);
+          store_shared(tile + 8 * logits_row, s[0][m][n][2], s[0][m][n][3]);
+        }
     }
   };
 
   // ---- softmax: neighbouring threads own a row ----
 
-  auto begin_rows = [&](const Piece& piece, int stage_before) {  // the stage before that of the piece's first tile
-    const int token = divide(first_row_of(piece) + me.soft_row(), p.by_h_q), len = len_of(piece);
-    const int visible = p.causal ? min(len, len - piece.num_tokens + token + 1) : len;
-    __syncwarp();  // the row's threads have read what they needed of the piece before
-    if (me.soft_lane() == 0) {
-      store_shared(row_max_at(stage_before, me.soft_row()), kNegInf);
-      store_shared(visible_at(me.soft_row()), __int_as_float(visible));
+  struct RowProgress {
+    int visible;     // KV tokens that the row sees from the group's next tile on
+    float max, sum;  // what P is relative to; the sum of P over this thread's tokens
+  } row{};
+  auto parked_at = [&](int i) {
+    return group_at(me.group(), offsetof(Group, parked)) + (i * S::group_threads + me.member()) * 4;
+  };
+  auto park_row = [&] {
+    if constexpr (S::tight) {
+      store_shared(parked_at(0), __int_as_float(row.visible));
+      store_shared(parked_at(1), row.max);
+      store_shared(parked_at(2), row.sum);
     }
-    __syncwarp();  // they may read those of this piece
   };
-  struct Logits {
-    float part[S::column_warps][S::row_tokens];
-    float row_max;
-    int seen;  // this many of the thread's tokens, or fewer
+  auto unpark_row = [&] {
+    if constexpr (S::tight)
+      row = {__float_as_int(load_shared(parked_at(0))), load_shared(parked_at(1)), load_shared(parked_at(2))};
   };
-  auto load_logits = [&](int tile, int stage_before) {
-    Logits logits;
+  auto begin_rows = [&](const Piece& piece) {
+    const int number = first_row_of(piece) + me.row_group() * S::group_rows + me.soft_row();
+    const int token = divide(number, p.by_h_q), len = len_of(piece);
+    row.visible = (p.causal ? min(len, len - piece.num_tokens + token + 1) : len) -
+                  (piece.first_tile + me.tile_group()) * C::block_n;
+    row.max = kNegInf;
+    row.sum = 0.f;
+    park_row();
+  };
+  // Leaves P and the rescale factors of a tile.
+  auto softmax_tile = [&](int tiles) {
+    unpark_row();
+    constexpr int width = S::row_tokens < 4 ? S::row_tokens : 4, stride = S::row_threads * width;
+    const int first_token = me.soft_lane() * width;  // of a thread's tokens; every `stride` tokens it has `width` more
+    float x[S::row_tokens / width][width];
 #pragma unroll
-    for (int c = 0; c < S::column_warps; ++c)
-      load_shared(logits.part[c], logits_at(c, me.soft_row(), me.soft_lane() * S::row_tokens));
-    logits.row_max = load_shared(row_max_at(stage_before, me.soft_row()));
-    logits.seen =
-        __float_as_int(load_shared(visible_at(me.soft_row()))) - tile * C::block_n - me.soft_lane() * S::row_tokens;
-    return logits;
-  };
-  // Leaves P and the rescale factors of a tile. Returns the sum of P over the thread's tokens, and by what all before must be
-  // multiplied.
-  struct Sum {
-    float factor, sum;
-  };
-  auto softmax_tile = [&](const Logits& logits, int stage, int parity) {
-    float x[S::row_tokens];
+    for (int w = 0; w < S::group_warps; ++w) {
 #pragma unroll
-    for (int i = 0; i < S::row_tokens; ++i) {
-      float sum = logits.part[0][i];
+      for (int j = 0; j < S::row_tokens / width; ++j) {
+        float part[width];
+        load_shared(part, logits_at(w, me.soft_row(), first_token) ^ j * stride * 4);
 #pragma unroll
-      for (int c = 1; c < S::column_warps; ++c) sum += logits.part[c][i];
-      x[i] = i < logits.seen ? sum * p.scale_log2 : kNegInf;
+        for (int i = 0; i < width; ++i) x[j][i] = w == 0 ? part[i] : x[j][i] + part[i];
+      }
     }
-    float tile_max = x[0];
+    const int seen = row.visible - first_token;  // of the tokens from the thread's first on
+    row.visible -= S::tile_groups * C::block_n;
+    float tile_max = kNegInf;
 #pragma unroll
-    for (int i = 1; i < S::row_tokens; ++i) tile_max = fmaxf(tile_max, x[i]);
+    for (int j = 0; j < S::row_tokens / width; ++j)
+#pragma unroll
+      for (int i = 0; i < width; ++i) {
+        x[j][i] = j * stride + i < seen ? x[j][i] * p.scale_log2 : kNegInf;
+        tile_max = fmaxf(tile_max, x[j][i]);
+      }
     tile_max = lanes_max<S::row_threads>(tile_max);
 
     // P may exceed 1 by up to 2^8: the sum undoes it exactly, and O is seldom rescaled.
-    float row_max = logits.row_max;
-    const bool grew = tile_max > (row_max == kNegInf ? kNegInf : row_max + 8.f);
-    Sum result{grew ? exp2_fast(row_max - tile_max) : 1.f, 0.f};
-    if (grew) row_max = tile_max;
-    const float base = row_max == kNegInf ? 0.f : row_max;  // a row that sees nothing yet: P = 0
+    const bool grew = tile_max > (row.max == kNegInf ? kNegInf : row.max + 8.f);
+    const float factor = grew ? exp2_fast(row.max - tile_max) : 1.f;
+    if (grew) row.max = tile_max;
+    const float base = row.max == kNegInf ? 0.f : row.max;  // a row that sees nothing yet: P = 0
+    row.sum *= factor;
 #pragma unroll
-    for (int i = 0; i < S::row_tokens; ++i) {
-      x[i] = exp2_fast(x[i] - base);
-      result.sum += x[i];
+    for (int j = 0; j < S::row_tokens / width; ++j) {
+#pragma unroll
+      for (int i = 0; i < width; ++i) {
+        x[j][i] = exp2_fast(x[j][i] - base);
+        row.sum += x[j][i];
+      }
+      store_shared_as<T>(p_at(me.soft_row(), j * stride + first_token), x[j]);
     }
-    store_shared_as<T>(p_at(parity, me.soft_row(), me.soft_lane() * S::row_tokens), x);
-    if (me.soft_lane() == 0) {
-      store_shared(rescale_at(stage, me.soft_row()), result.factor);
-      store_shared(row_max_at(stage, me.soft_row()), row_max);
-    }
-    return result;
-  };
-  auto finish_rows = [&](const Piece& piece, int stage) {
-    const float sum = lanes_sum<S::row_threads>(row_sum);
-    if (me.soft_lane() != 0) return;
-    store_shared(inv_sum_at(stage, me.soft_row()), sum == 0.f ? 0.f : 1.f / sum);
-    if (me.soft_row() >= num_rows_of(piece)) return;
-    const float lse2 = lse2_of(load_shared(row_max_at(stage, me.soft_row())), sum);
-    if (piece.partial_slot >= 0) {
-      p.lse2_partial[int64_t{piece.partial_slot + at.member} * C::block_rows + me.soft_row()] = lse2;
-    } else if (p.lse) {
-      const int row = first_row_of(piece) + me.soft_row(), token = divide(row, p.by_h_q),
-                head = row - token * p.lengths.h_q;
-      p.lse[piece.request * p.lse_strides.batch + (piece.first_token + token) * p.lse_strides.token +
-            head * p.lse_strides.head] = lse2 * kLn2;
-    }
+    if (me.soft_lane() == 0) store_shared(rescale_at(me.soft_row()), factor);
+    if (factor != 1.f) store_shared(rescale_tile_at(), __int_as_float(tiles));
+    park_row();
   };
 
-  // ---- values: all rows x this warp's columns ----
+  // ---- values: the group's rows x this warp's columns ----
 
-  float o[S::row_warps][S::warp_v / 8][4] = {};
+  float o[S::row_tiles][S::warp_v / 8][4];
 
-  auto rescale_o = [&](int stage) {
+  auto rescale_o = [&] {
 #pragma unroll
-    for (int m = 0; m < S::row_warps; ++m) {
-      const float upper = load_shared(rescale_at(stage, m * 16 + me.quad()));
-      const float lower = load_shared(rescale_at(stage, m * 16 + me.quad() + 8));
+    for (int m = 0; m < S::row_tiles; ++m) {
+      const float upper = load_shared(rescale_at(m * 16 + me.quad()));
+      const float lower = load_shared(rescale_at(m * 16 + me.quad() + 8));
 #pragma unroll
       for (int n = 0; n < S::warp_v / 8; ++n) {
         o[m][n][0] *= upper, o[m][n][1] *= upper;
@@ -394,143 +424,247 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
       }
     }
   };
-  auto add_values = [&](int stage, int parity) {
-    const uint32_t p_tile = p_at(parity, me.lane() % 16, me.lane() / 16 * 8);
-    const uint32_t v_tile = kv_at(stage, me.lane() % 16, me.warp() * S::warp_v + me.lane() / 16 * 8);
+  constexpr int columns_steps = S::warp_v / 16, value_steps = C::block_n / 16 * columns_steps;
+  auto add_values = [&](int stage, auto beside) {
+    const uint32_t p_tile = p_at(me.thread % 16, me.thread / 16 % 2 * 8);
+    const uint32_t v_tile = kv_at(stage, me.thread % 16, me.warp() * S::warp_v + me.thread / 16 % 2 * 8);
+    unrolled<C::block_n / 16>([&](auto k) {
+      uint32_t a[S::row_tiles][4];
 #pragma unroll
-    for (int k = 0; k < C::block_n / 16; ++k) {
-      uint32_t a[S::row_warps][4];
-#pragma unroll
-      for (int m = 0; m < S::row_warps; ++m) ldmatrix_x4(a[m], p_tile + m * 16 * p_row + k * 32);
-#pragma unroll
-      for (int n = 0; n < S::warp_v / 16; ++n) {
+      for (int m = 0; m < S::row_tiles; ++m) ldmatrix_x4(a[m], p_tile + m * 16 * p_row + k.value * 32);
+      unrolled<columns_steps>([&](auto n) {
         uint32_t b[4];
-        ldmatrix_x4_trans(b, v_tile + k * 16 * kv_row + n * 32);
+        ldmatrix_x4_trans(b, v_tile + k.value * 16 * kv_row + n.value * 32);
 #pragma unroll
-        for (int m = 0; m < S::row_warps; ++m) {
-          mma_16x8x16<T>(o[m][2 * n], a[m], b[0], b[1]);
-          mma_16x8x16<T>(o[m][2 * n + 1], a[m], b[2], b[3]);
+        for (int m = 0; m < S::row_tiles; ++m) {
+          mma_16x8x16<T>(o[m][2 * n.value], a[m], b[0], b[1]);
+          mma_16x8x16<T>(o[m][2 * n.value + 1], a[m], b[2], b[3]);
+        }
+        beside(Index<k.value * columns_steps + n.value>{});
+      });
+    });
+  };
+
+  // ---- the end of a piece ----
+
+  struct RowState {
+    float max, sum;
+  };
+  auto state_of = [&](int group, int row) {
+    return RowState{load_shared(row_max_at(group, row)), load_shared(row_sum_at(group, row))};
+  };
+  // Relative to the larger max: what the sums, and O of either, must be multiplied by.
+  struct Merged {
+    RowState state;
+    float factor[2];
+  };
+  auto merge_states = [&](int row) {
+    const RowState a = state_of(0, row), b = state_of(1, row);
+    Merged merged{{fmaxf(a.max, b.max), 0.f}, {}};
+    merged.factor[0] = a.max == kNegInf ? 0.f : exp2_fast(a.max - merged.state.max);
+    merged.factor[1] = b.max == kNegInf ? 0.f : exp2_fast(b.max - merged.state.max);
+    merged.state.sum = a.sum * merged.factor[0] + b.sum * merged.factor[1];
+    return merged;
+  };
+  // Where groups take tiles in turn, each keeps half of its columns of O and gives the other half away, in its stage that is free
+  // between two tiles. What a warp gives, the warp of the other group that has the same columns takes, lane by lane.
+  constexpr int column_tiles = S::warp_v / 8, kept_tiles = column_tiles / S::tile_groups;  // of 8 columns, per warp
+  auto given_at = [&](int group, int stage) {
+    static_assert(S::tile_groups == 1 || kept_tiles * 16 * S::group_threads <= C::block_n * kv_row,
+                  "half of O fits into a stage");
+    return smem + static_cast<uint32_t>(offsetof(Smem<C>, kv)) +
+           (group * S::ring_stages + stage) * static_cast<int>(C::block_n * kv_row) + me.member() * 16;
+  };
+  auto give_o = [&](int stage, auto first) {
+#pragma unroll
+    for (int n = 0; n < kept_tiles; ++n)
+      store_shared_quad(given_at(me.group(), stage) + n * 16 * S::group_threads, o[0][first.value + n]);
+  };
+  auto take_o = [&](auto first) {
+    const Merged upper = merge_states(me.quad()), lower = merge_states(me.quad() + 8);
+    const int own = me.group(), other = own ^ 1;
+    const uint32_t from = given_at(other, __float_as_int(load_shared(given_stage_at(other))));
+#pragma unroll
+    for (int n = 0; n < kept_tiles; ++n) {
+      float x[4];
+      load_shared(x, from + n * 16 * S::group_threads);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const auto& f = i < 2 ? upper.factor : lower.factor;
+        float& y = o[0][first.value + n][i];
+        y = y * (own == 0 ? f[0] : f[1]) + x[i] * (own == 0 ? f[1] : f[0]);
+      }
+    }
+  };
+  auto store_lse = [&](const Piece& piece, const RowState& state) {
+    const int block_row = me.row_group() * S::group_rows + me.soft_row();
+    if (me.soft_lane() != 0 || block_row >= num_rows_of(piece)) return;
+    const float lse2 = lse2_of(state.max, state.sum);
+    if (piece.partial_slot >= 0) {
+      p.lse2_partial[int64_t{piece.partial_slot + worker().member} * C::block_rows + block_row] = lse2;
+    } else if (p.lse) {
+      const int number = first_row_of(piece) + block_row, token = divide(number, p.by_h_q),
+                head = number - token * p.lengths.h_q;
+      p.lse[piece.request * p.lse_strides.batch + (piece.first_token + token) * p.lse_strides.token +
+            head * p.lse_strides.head] = lse2 * kLn2;
+    }
+  };
+  auto store_o = [&](const Piece& piece, auto first) {  // the columns that the group keeps, from tile number `first` on
+#pragma unroll
+    for (int half = 0; half < 2 * S::row_tiles; ++half) {
+      const int group_row = half * 8 + me.quad(), block_row = me.row_group() * S::group_rows + group_row;
+      const int number = first_row_of(piece) + block_row;
+      const bool exists = block_row < num_rows_of(piece);
+      const float sum = S::tile_groups > 1 ? merge_states(group_row).state.sum : state_of(me.group(), group_row).sum;
+      const float scale = sum == 0.f ? 0.f : 1.f / sum;
+      const int token = divide(number, p.by_h_q), head = number - token * p.lengths.h_q;
+      const int quad_lane = me.thread % 4, first_column = me.warp() * S::warp_v;
+      float* partial = p.o_partial +
+                       (int64_t{piece.partial_slot + worker().member} * C::block_rows + block_row) * C::d_v +
+                       first_column;
+      auto* final = static_cast<uint16_t*>(p.out) + piece.request * p.out_strides.batch +
+                    (piece.first_token + token) * p.out_strides.token + head * p.out_strides.head + first_column;
+      // The four threads of a row exchange words, so that each stores 16 bytes at once.
+#pragma unroll
+      for (int n = first.value; n < first.value + kept_tiles; n += 4) {
+        float x[4][2];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+#pragma unroll
+          for (int j = 0; j < 2; ++j) x[i][j] = o[half / 2][n + i][half % 2 * 2 + j] * scale;
+        if (piece.partial_slot >= 0) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            uint32_t words[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) words[i] = __float_as_uint(x[2 * j + i / 2][i % 2]);
+            gather_pairs(words);
+            if (exists) store_global(partial + (n + 2 * j + quad_lane % 2) * 8 + quad_lane / 2 * 4, words);
+          }
+        } else {
+          uint32_t words[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) words[i] = pack2<T>(x[i][0], x[i][1]);
+          transpose_quad(words);
+          if (exists) store_global(final + (n + quad_lane) * 8, words);
         }
       }
     }
   };
-  auto store_o = [&](const Piece& piece, int stage) {
-#pragma unroll
-    for (int half = 0; half < 2 * S::row_warps; ++half) {
-      me.forget();
-      const int block_row = half * 8 + me.quad(), row = first_row_of(piece) + block_row;
-      if (block_row >= num_rows_of(piece)) continue;
-      const float scale = load_shared(inv_sum_at(stage, block_row));
-      const int token = divide(row, p.by_h_q), head = row - token * p.lengths.h_q;
-      const int column = me.warp() * S::warp_v + me.pair();
-      float* partial =
-          p.o_partial + (int64_t{piece.partial_slot + at.member} * C::block_rows + block_row) * C::d_v + column;
-      auto* final = static_cast<uint16_t*>(p.out) + piece.request * p.out_strides.batch +
-                    (piece.first_token + token) * p.out_strides.token + head * p.out_strides.head + column;
-#pragma unroll
-      for (int n = 0; n < S::warp_v / 8; ++n) {
-        const float x = o[half / 2][n][half % 2 * 2] * scale, y = o[half / 2][n][half % 2 * 2 + 1] * scale;
-        if (piece.partial_slot >= 0) {
-          *reinterpret_cast<float2*>(partial + n * 8) = make_float2(x, y);
-        } else {
-          *reinterpret_cast<uint32_t*>(final + n * 8) = pack2<T>(x, y);
-        }
-      }
+  // `free_stage`: that of the group's last tile; `parity`: of the round in which it was filled.
+  auto finish_piece = [&](const Piece& piece, int free_stage, int parity) {
+    unpark_row();
+    const float sum = lanes_sum<S::row_threads>(row.sum);
+    if (me.soft_lane() == 0) {
+      store_shared(row_max_at(me.group(), me.soft_row()), row.max);
+      store_shared(row_sum_at(me.group(), me.soft_row()), sum);
     }
+    if constexpr (S::tile_groups > 1) {
+      const Index<0> lower{};
+      const Index<kept_tiles> upper{};
+      mbarrier_wait(empty_at(free_stage), parity);
+      if (me.group() == 0) give_o(free_stage, upper);
+      else give_o(free_stage, lower);
+      if (me.member() == 0) store_shared(given_stage_at(me.group()), __int_as_float(free_stage));
+      __syncthreads();  // what each group gives is there, and max and sum of both
+      if (me.group() == 0) {
+        store_lse(piece, merge_states(me.soft_row()).state);
+        take_o(lower);
+        store_o(piece, lower);
+      } else {
+        take_o(upper);
+        store_o(piece, upper);
+      }
+      __syncthreads();  // all has been taken
+    } else {
+      group_barrier();  // the rows' sums are there
+      store_lse(piece, {row.max, sum});
+      store_o(piece, Index<0>{});
+      group_barrier();  // they have been read
+    }
+  };
+
+  // ---- start: an empty ring, then all but one of its stages in flight ----
+
+  int index = next_piece_at(worker().first_piece, 0);
+  if (index == worker().end_piece) return;
+  if (me.thread < static_cast<unsigned>(C::stages)) {
+    mbarrier_init(smem + static_cast<uint32_t>(offsetof(Smem<C>, full)) + me.thread * 8, 32 * S::ring_warps);
+    mbarrier_init(smem + static_cast<uint32_t>(offsetof(Smem<C>, empty)) + me.thread * 8, S::ring_warps);
+  }
+  __syncthreads();  // the mbarriers are there
+  if (me.warp() == 0) move_cursor(index);
+  group_barrier();  // the cursor is there
+#pragma unroll 1
+  for (int stage = 0; stage < S::ring_stages - 1; ++stage) {
+    if (addressed == 0) {
+      const Lookup row = look_up();
+      group_barrier();  // the addresses and the cursor before have been read
+      write_address(row);
+      group_barrier();  // the addresses and the cursor are there
+    }
+    const Copy copy = begin_copy(stage);
+    unrolled<copy_parts>([&](auto part) { copy_part(copy, part); });
+    cp_async_arrive(full_at(stage));
+  }
+
+  // ---- the loop ----
+
+  int stage = 0, parity = 0;  // of the ring: which stage, in an even or odd round
+  bool landed = false;        // the stage's tile is known to have landed
+  auto index_at = [&] { return group_at(me.group(), offsetof(Group, piece_index)) + me.warp() * 4; };
+  while (index < worker().end_piece) {
+    if (me.lane() == 0) store_shared(index_at(), __int_as_float(index));
+    const Piece& piece = plan.pieces[index];
+    load_q(piece);
+    begin_rows(piece);
 #pragma unroll
-    for (int m = 0; m < S::row_warps; ++m)
+    for (int m = 0; m < S::row_tiles; ++m)
 #pragma unroll
       for (int n = 0; n < S::warp_v / 8; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) o[m][n][i] = 0.f;
-  };
 
-  // ---- prologue: fill the ring, logits and P of the first tile ----
-
-  at.index = next_piece_at(worker.first_piece);
-  if (at.index == at.end_index) return;
-  begin_load_piece(at.index);
+    int tiles = piece.end_tile - piece.first_tile - me.tile_group();  // of the group: that many over tile_groups
 #pragma unroll 1
-  for (int i = 0; i < C::stages; ++i) {
-    if (needs_addresses()) {
-      __syncthreads();  // the addresses before have been read
-      write_address(look_up_page());
-      __syncthreads();  // the addresses are there
+    for (tiles = warp_uniform(tiles); tiles > 0; tiles -= S::tile_groups) {
+      if constexpr (S::tight) asm volatile("" : "+r"(me.thread));  // what follows from it is not worth registers
+      const bool address = addressed == 0;
+      Lookup lookup;
+      if (address) lookup = look_up();  // in flight during the logits
+      if (!landed) mbarrier_wait(full_at(stage), parity);
+      compute_logits(stage);
+      group_barrier();  // all partial logits are there; the former P, addresses and cursor have been read
+      if (address) write_address(lookup);
+      softmax_tile(tiles);
+      group_barrier();  // P, factors, addresses and cursor are there
+      if (__float_as_int(load_shared(rescale_tile_at())) == tiles) rescale_o();
+      const int free_stage = stage == 0 ? S::ring_stages - 1 : stage - 1;
+      const int next_stage = stage + 1 == S::ring_stages ? 0 : stage + 1,
+                next_parity = next_stage == 0 ? parity ^ 1 : parity;
+      Copy copy;
+      add_values(stage, [&](auto step) {
+        if constexpr (step.value == 0) {
+          copy = begin_copy(free_stage);
+          mbarrier_wait(empty_at(free_stage), stage == 0 ? parity ^ 1 : parity);
+        } else {
+          constexpr int from = (step.value - 1) * copy_parts / (value_steps - 1),
+                        to = step.value * copy_parts / (value_steps - 1);
+          unrolled<to, from>([&](auto part) { copy_part(copy, part); });
+        }
+        if constexpr (step.value == value_steps - 2) landed = mbarrier_ended(full_at(next_stage), next_parity);
+      });
+      cp_async_arrive(full_at(free_stage));
+      __syncwarp();  // all lanes have read the tile
+      if (me.lane() == 0) mbarrier_arrive(empty_at(stage));
+      stage = next_stage, parity = next_parity;
     }
-    load_tile_into(i);
+    const Piece& done = plan.pieces[__float_as_int(load_shared(index_at()))];
+    finish_piece(done, stage == 0 ? S::ring_stages - 1 : stage - 1, stage == 0 ? parity ^ 1 : parity);
+    __syncwarp();
+    index = next_piece_at(__float_as_int(load_shared(index_at())) + 1, 0);
   }
-  at.tile = warp_uniform(at.pieces[at.index].first_tile);
-  at.end_tile = warp_uniform(at.pieces[at.index].end_tile);
-  load_q(at.pieces[at.index]);
-  begin_rows(at.pieces[at.index], C::stages - 1);
-  cp_async_wait<C::stages - 1>();
-  __syncthreads();  // the first tile has landed
-  compute_logits(0);
-  __syncthreads();  // its partial logits are there
-  row_sum = softmax_tile(load_logits(at.tile, C::stages - 1), 0, 0).sum;
-  if (at.tile + 1 == at.end_tile) finish_rows(at.pieces[at.index], 0);
-
-  // ---- the loop: logits, then softmax of the next tile, and beside the one or the other the values of this tile ----
-  // Beside the softmax they fill its waits. Where O and Q fill the registers they go with the logits instead, and the softmax
-  // stands alone.
-
-  bool grew = false;
-  while (true) {
-    me.forget();
-    at.next_stage = at.stage + 1 == C::stages ? 0 : at.stage + 1;
-    at.next_index = at.index;
-    at.next_tile = at.tile + 1;
-    bool last = at.next_tile == at.end_tile;  // of its piece
-    if (last) {
-      at.next_index = next_piece_at(at.index + 1);
-      if (at.next_index < at.end_index) {
-        const Piece& piece = at.pieces[at.next_index];
-        at.next_tile = warp_uniform(piece.first_tile);
-        begin_rows(piece, at.stage);
-        load_q(piece);  // in flight while the tile is waited for
-      }
-    }
-    const bool address = needs_addresses();
-    const int page = address ? look_up_page() : 0;  // in flight likewise
-    const int stage = at.stage, next_stage = at.next_stage, parity = at.parity;
-    park();
-    cp_async_wait<C::stages - (S::values_beside_logits ? 2 : 3)>();
-    const bool rescale = __syncthreads_or(grew);  // the next tile has landed; P and the factors of this tile are there
-    compute_logits(next_stage);  // after the very last tile of what happens to be there; nobody reads the outcome
-    if constexpr (S::values_beside_logits) {
-      if (rescale) rescale_o(stage);
-      add_values(stage, parity);
-    }
-    unpark();
-    if (address) write_address(page);  // those before were read ahead of the barrier above
-    __syncthreads();                   // the next tile's partial logits are there, and the addresses
-
-    const Logits logits = load_logits(at.next_tile, at.stage);
-    if constexpr (!S::values_beside_logits) {
-      if (rescale) rescale_o(stage);
-      add_values(stage, parity);
-    }
-    const Sum sum = softmax_tile(logits, at.next_stage, at.parity ^ 1);
-    const int free_stage = S::values_beside_logits ? at.stage : at.free_stage;  // nobody reads it any more
-    Copy copy{};
-    if (free_stage >= 0) copy = load_tile_into(free_stage);
-
-    last = at.tile + 1 == at.end_tile;
-    row_sum = (last ? 0.f : row_sum * sum.factor) + sum.sum;
-    grew = !last && sum.factor != 1.f;
-    if (last) {
-      store_o(at.pieces[at.index], at.stage);
-      if (at.next_index >= at.end_index) break;
-      at.index = at.next_index;
-      at.end_tile = warp_uniform(at.pieces[at.index].end_tile);
-    }
-    at.tile = at.next_tile;
-    if (at.tile + 1 == at.end_tile) finish_rows(at.pieces[at.index], at.next_stage);
-    at.free_stage = at.stage;
-    at.stage = at.next_stage;
-    at.parity ^= 1;
-    if constexpr (!S::tight) asm volatile("" ::"l"(copy.latent), "l"(copy.rope), "r"(copy.to));
-  }
+  cp_async_wait_all();
 }
 
 }  // namespace mla::sm80
