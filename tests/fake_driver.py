@@ -42,6 +42,10 @@ def _strides(name: str, *dims: str) -> list[tuple[str, Any]]:
     return [(f"{name}_{dim}", ctypes.c_int64) for dim in dims]
 
 
+class TensorMap(ctypes.Structure):
+    _fields_ = [("words", ctypes.c_uint64 * 16)]
+
+
 class DecodeParams(ctypes.Structure):
     """kernels/params.h once more, so that an attribute bound to the wrong field is seen."""
 
@@ -72,6 +76,10 @@ class DecodeParams(ctypes.Structure):
         ("num_workers", ctypes.c_int32),
         ("o_partial", ctypes.c_uint64),
         ("lse2_partial", ctypes.c_uint64),
+        ("box_rows", ctypes.c_int32),
+        ("_before_maps", ctypes.c_int32 * 5),  # maps are aligned to 64 bytes
+        ("latent_map", TensorMap),
+        ("rope_map", TensorMap),
     ]
 
 
