@@ -84,7 +84,10 @@ class DecodeParams(ctypes.Structure):
 
 
 LENGTHS = [name for name, _ in Lengths._fields_]
-ATTRIBUTES = LENGTHS + [name for name, kind in DecodeParams._fields_[1:] if kind is not FastDivisor]
+FILLED_BY_LAUNCH = ("by_page_size", "by_h_q", "box_rows", "_before_maps", "latent_map", "rope_map")
+ATTRIBUTES = LENGTHS + [
+    name for name, _ in DecodeParams._fields_[1:] if name not in FILLED_BY_LAUNCH
+]
 WORKERS = 7
 
 
