@@ -8,27 +8,35 @@
 namespace mla::sm90 {
 
 // A piece as one worker computes it.
-struct RowBlock {
+struct alignas(16) RowBlock {
   int request, first_token;  // as in Piece
-  int first_row,
-      num_rows;         // of the request's packed rows: those of this block, as far as they exist; none: nothing to do
-  int len, causal_len;  // KV tokens; how many the request's query token 0 sees, less one (may be negative)
+  // Of the request's packed rows those of this block, as far as they exist; none, or fewer: nothing to do.
+  int first_row, num_rows;
+  int len, num_tokens;  // of the request: KV and query tokens
   int first_tile, num_tiles;
-  int partial_slot;  // -1: the result is final
+  int unmasked_tiles;  // so many of the first tiles are visible to all rows as a whole; may be negative
+  int partial_slot;    // -1: the result is final
+  int reserved[2];
 };
 
+// How many KV tokens a row of the block sees; rows that do not exist count like others.
+__device__ __forceinline__ int visible_tokens(const DecodeParams& p, const RowBlock& block, int block_row) {
+  if (!p.causal) return block.len;
+  return min(block.len, block.len - block.num_tokens + divide(block.first_row + block_row, p.by_h_q) + 1);
+}
 __device__ __forceinline__ RowBlock make_row_block(const DecodeParams& p, const Piece& piece, int member,
                                                    int block_rows) {
-  RowBlock block;
+  RowBlock block{};
   block.request = piece.request;
   block.first_token = piece.first_token;
   block.first_row = piece.first_row + member * block_rows;
   block.num_rows = min(piece.num_tokens * p.lengths.h_q - block.first_row, block_rows);
   // A plan may have been made for a longer block table.
   block.len = static_cast<int>(min(int64_t{piece.len}, p.lengths.max_len));
-  block.causal_len = p.causal ? block.len - piece.num_tokens : block.len;
+  block.num_tokens = piece.num_tokens;
   block.first_tile = piece.first_tile;
   block.num_tiles = piece.end_tile - piece.first_tile;
+  block.unmasked_tiles = visible_tokens(p, block, 0) / kTileTokens - block.first_tile;
   block.partial_slot = piece.partial_slot < 0 ? -1 : piece.partial_slot + member;
   return block;
 }
@@ -42,15 +50,6 @@ __device__ __forceinline__ int next_piece(const DecodeParams& p, const Piece* pi
     ++index;
   }
   return warp_uniform(index);
-}
-
-// How many KV tokens a row of the block sees; rows that do not exist count like others.
-__device__ __forceinline__ int visible_tokens(const DecodeParams& p, const RowBlock& block, int block_row) {
-  return min(block.len, block.causal_len + 1 + divide(block.first_row + block_row, p.by_h_q));
-}
-// How many of the block's first tiles are visible to all rows as a whole, so that they need no mask.
-__device__ __forceinline__ int unmasked_tiles(const DecodeParams& p, const RowBlock& block) {
-  return visible_tokens(p, block, 0) / kTileTokens - block.first_tile;
 }
 
 // Where a row's elements lie in a tensor of query rows.
