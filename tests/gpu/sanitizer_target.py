@@ -24,6 +24,7 @@ import torch
 from cases import Case, Inputs, make_problem
 from compare import check, reference
 from mla import _mla
+from mla.device import resolve
 from mla.variants import Variant
 
 # Lengths that fill whole groups of the schedule, so that no item is split, and lengths that do not.
@@ -116,6 +117,7 @@ def main() -> None:
     parser.add_argument("--fault", choices=["memcheck", "initcheck"])
     arguments = parser.parse_args()
     rows = [row for row in mla.variants() if row.d_qk == arguments.d_qk]
+    rows = [row for row in rows if not row.unsupported_device(resolve(DEVICE))]
     if arguments.fault:
         run_fault(arguments.fault, rows[0])
         return
