@@ -82,9 +82,9 @@ __device__ __forceinline__ Slot box_slot(const DecodeParams& p, int request, int
   const int first = static_cast<int>(threadIdx.x % 32) * p.box_rows;
   return first < kTileTokens ? slot_of(p, request, tile * kTileTokens + first, len) : Slot{-1, 0};
 }
-// Bytes that arrive of a chunk whose request has `tokens` of the tile.
+// Bytes that arrive of a chunk whose request has `tokens` of the tile: whole boxes.
 __device__ __forceinline__ int box_bytes(const DecodeParams& p, int tokens) {
-  return (tokens + p.box_rows - 1) / p.box_rows * p.box_rows * kRowBytes;
+  return ((tokens + p.box_rows - 1) & -p.box_rows) * kRowBytes;
 }
 // By a whole warp. The bytes count on `barrier`, which must expect box_bytes().
 template <class C>
