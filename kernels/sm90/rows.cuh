@@ -82,7 +82,7 @@ __device__ __forceinline__ void copy_q(const DecodeParams& p, const RowBlock& bl
   }
 }
 
-// ---- results: `o` as wgmma leaves it, of columns [column, column + N / 2), where column includes the thread's 2 q ----
+// ---- results: `o` as wgmma leaves it, of N / 2 columns, of which `column` is the thread's first (2 q included) ----
 
 // Of row g (half 0) or g + 8 (half 1), multiplied by `scale`; T: the element type.
 template <class T, int N>
@@ -100,6 +100,67 @@ __device__ __forceinline__ void store_partial(const DecodeParams& p, const RowBl
 #pragma unroll
   for (int n = 0; n < N / 4; ++n)
     *reinterpret_cast<float2*>(to + n * 8) = make_float2(o[n * 4 + half * 2] * scale, o[n * 4 + half * 2 + 1] * scale);
+}
+
+// The same, by whole warps and only to rows that exist. The quad that shares a row exchanges its columns (a thread has two of every
+// 8), so that each thread stores 16 bytes: a fourth of the stores for the output, half of them for partial results.
+__device__ __forceinline__ float lane_swap(float x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); }
+__device__ __forceinline__ uint32_t lane_swap(uint32_t x, int distance) {
+  return __shfl_xor_sync(0xffffffffu, x, distance);
+}
+template <class T, int N>
+__device__ __forceinline__ void store_output_16(const DecodeParams& p, const RowBlock& block, int block_row, int column,
+                                                const float (&o)[N], int half, float scale) {
+  const int in_quad = threadIdx.x % 4;
+  const bool odd = in_quad & 1, upper = in_quad & 2, exists = block_row < block.num_rows;
+  auto* to = static_cast<uint16_t*>(p.out) + row_offset(p, block, exists ? block_row : 0, p.out_strides) + column +
+             in_quad * (8 - 2);
+#pragma unroll
+  for (int n = 0; n < N / 4; n += 4) {  // 32 columns: thread i of the quad gets the i-th 8 of them
+    uint32_t x[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      x[i] = pack2<T>(o[(n + i) * 4 + half * 2] * scale, o[(n + i) * 4 + half * 2 + 1] * scale);
+    uint32_t four[2][2];  // columns of the thread and its neighbour, of the 8 numbered `odd` and 2 + `odd`
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const uint32_t kept = odd ? x[2 * i + 1] : x[2 * i], got = lane_swap(odd ? x[2 * i] : x[2 * i + 1], 1);
+      four[i][0] = odd ? got : kept;
+      four[i][1] = odd ? kept : got;
+    }
+    uint4 eight;
+    const uint32_t got[2] = {lane_swap(upper ? four[0][0] : four[1][0], 2),
+                             lane_swap(upper ? four[0][1] : four[1][1], 2)};
+    eight.x = upper ? got[0] : four[0][0];
+    eight.y = upper ? got[1] : four[0][1];
+    eight.z = upper ? four[1][0] : got[0];
+    eight.w = upper ? four[1][1] : got[1];
+    if (exists) *reinterpret_cast<uint4*>(to + n * 8) = eight;
+  }
+}
+template <class C, int N>
+__device__ __forceinline__ void store_partial_16(const DecodeParams& p, const RowBlock& block, int block_row,
+                                                 int column, const float (&o)[N], int half, float scale) {
+  const int in_quad = threadIdx.x % 4;
+  const bool odd = in_quad & 1, exists = block_row < block.num_rows;
+  float* to = p.o_partial + (int64_t{block.partial_slot} * C::block_rows + block_row) * C::d_v + column - in_quad * 2 +
+              odd * 8 + in_quad / 2 * 4;
+#pragma unroll
+  for (int n = 0; n < N / 4; n += 2) {  // 16 columns: even threads get four of the first 8, odd ones of the others
+    float x[2][2], got[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) x[i][e] = o[(n + i) * 4 + half * 2 + e] * scale;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) got[e] = lane_swap(odd ? x[0][e] : x[1][e], 1);
+    float4 four;
+    four.x = odd ? got[0] : x[0][0];
+    four.y = odd ? got[1] : x[0][1];
+    four.z = odd ? x[1][0] : got[0];
+    four.w = odd ? x[1][1] : got[1];
+    if (exists) *reinterpret_cast<float4*>(to + n * 8) = four;
+  }
 }
 template <class C>
 __device__ __forceinline__ void store_lse(const DecodeParams& p, const RowBlock& block, int block_row, float lse2) {

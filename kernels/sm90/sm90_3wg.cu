@@ -116,6 +116,10 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
     // ---- KV by TMA: one warp, a box a lane ----
 
     auto load_boxes_of_pieces = [&] {
+      if (lane == 0) {
+        prefetch_tensor_map(&p.latent_map);
+        if (L::rope > 0) prefetch_tensor_map(&p.rope_map);
+      }
       RingPlace<C> at;
       int landed_parity = 0;
       for (int index = next_piece_at(worker.first_piece); index < worker.end_piece; index = next_piece_at(index + 1)) {
@@ -160,9 +164,9 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
 
     auto copy_rows_of_pieces = [&] {
       RingPlace<C> at;
-      RingPlace<C> copying;  // the tile of the half that was issued last, and its number in the tile; not announced yet
+      RingPlace<C> copying;  // the half that was issued last and is not announced yet
       int copying_half = 0, copying_chunks = 0;
-      // Copies are announced one half late, so that they overlap; `Pending` halves are left in flight.
+      // Copies are announced one half late, so that those of two halves overlap.
       auto announce = [&] {
         fence_proxy_async();
         __syncwarp();  // all lanes have fenced their copies
@@ -396,16 +400,16 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
       named_barrier_sync(kSumsReady, kConsumers * kWarpgroupThreads);  // with the other
       RowBlock block;
       load_shared_struct(block, block_at(round));
+      const bool partial = warp_uniform(block.partial_slot) >= 0;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int block_row = row + half * 8;
-        if (block_row >= block.num_rows) continue;
+        const int block_row = row + half * 8, column = warpgroup * (C::d_v / 2) + pair;
         const float total = sum[half] + load_shared(row_sum_at(round, warpgroup ^ 1, block_row));
         const float scale = total == 0.f ? 0.f : 1.f / total;
-        const int column = warpgroup * (C::d_v / 2) + pair;
-        if (block.partial_slot >= 0) store_partial<C>(p, block, block_row, column, o, half, scale);
-        else store_output<T>(p, block, block_row, column, o, half, scale);
-        if (warpgroup == 0 && lane % 4 == 0) store_lse<C>(p, block, block_row, lse2_of(max[half], total));
+        if (partial) store_partial_16<C>(p, block, block_row, column, o, half, scale);
+        else store_output_16<T>(p, block, block_row, column, o, half, scale);
+        if (warpgroup == 0 && lane % 4 == 0 && block_row < block.num_rows)
+          store_lse<C>(p, block, block_row, lse2_of(max[half], total));
       }
     }
   }
