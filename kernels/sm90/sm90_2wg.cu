@@ -21,10 +21,14 @@
 
 namespace mla::sm90 {
 
-// All threads of these: 128 arrive and 128 wait, 128 wait, 256 wait.
-constexpr int kPReady = 1;     // + the warpgroup that wrote P and the max: it arrives, the other waits
-constexpr int kWarpgroup = 3;  // + warpgroup: its four warps among themselves
-constexpr int kPieceEnd = 5;   // both: row sums, Q of the next piece
+constexpr int kGroups = 2, kGroupThreads = 128;
+
+// Named barriers; 0 is __syncthreads.
+enum Barrier : int {
+  kPReady = 1,     // + warpgroup that left P and its max: its threads arrive, the other's wait
+  kWarpgroup = 3,  // + warpgroup: its own threads
+  kPieceEnd = 5,   // row sums, and Q of the next piece: all threads
+};
 
 template <int N>
 struct Number {
@@ -36,9 +40,9 @@ struct Smem2wg {
   using L = TileLayout<C>;
   unsigned char q[L::q_bytes];
   unsigned char kv[C::stages][L::bytes];
-  float row_max[2][C::block_rows];               // that the P of a warpgroup's latest tile refers to
-  float row_sum[2][2][C::block_rows];            // of P over a warpgroup's tiles, by parity of the piece
-  uint64_t landed[C::stages][L::k_chunks];       // mbarriers: the chunk of the stage's tile is there
+  float row_max[kGroups][C::block_rows];     // that the P of a warpgroup's latest tile refers to
+  float row_sum[2][kGroups][C::block_rows];  // of P over a warpgroup's tiles, by parity of the piece
+  uint64_t landed[C::stages][L::k_chunks];   // mbarriers: the chunk of the stage's tile is there
 };
 
 template <class C, int SmemBytes>
@@ -47,25 +51,29 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
   using L = TileLayout<C>;
   using Smem = Smem2wg<C>;
   static_assert(sizeof(Smem) == SmemBytes, "the smem column of variants.inc must be sizeof(Smem2wg)");
-  static_assert(C::threads == 256 && C::stages >= 2 && (C::stages & (C::stages - 1)) == 0);
+  static_assert(C::threads == kGroups * kGroupThreads && C::stages % kGroups == 0);
   constexpr int ahead = C::stages / 2 - 1;  // copies by address are announced this many tiles before they are needed
 
   extern __shared__ __align__(1024) unsigned char smem_bytes[];
   const uint32_t smem = shared_address(smem_bytes);
-  if (smem % 1024 != 0) __trap();  // the swizzle is one of addresses
-  auto stage_of = [](int t) { return t % C::stages; };
-  auto kv_at = [&](int t) { return smem + offsetof(Smem, kv) + stage_of(t) * L::bytes; };
-  auto landed_at = [&](int t, int chunk) {
+  if (smem % (kSwizzleRows * kRowBytes) != 0) __trap();  // never, without static arrays; the swizzle is one of addresses
+  auto owner_of = [](int t) { return static_cast<int>(static_cast<uint32_t>(t) % kGroups); };
+  auto stage_of = [](int t) { return static_cast<int>(static_cast<uint32_t>(t) % C::stages); };
+  auto parity_of = [](int t) { return static_cast<int>(static_cast<uint32_t>(t) / C::stages % 2); };
+  auto kv_at = [&](int t) -> uint32_t { return smem + offsetof(Smem, kv) + stage_of(t) * L::bytes; };
+  auto landed_at = [&](int t, int chunk) -> uint32_t {
     return smem + offsetof(Smem, landed) + (stage_of(t) * L::k_chunks + chunk) * kMbarrierBytes;
   };
-  auto row_max_at = [&](int group, int row) { return smem + offsetof(Smem, row_max) + (group * C::block_rows + row) * 4; };
-  auto row_sum_at = [&](int parity, int group, int row) {
-    return smem + offsetof(Smem, row_sum) + ((parity * 2 + group) * C::block_rows + row) * 4;
+  auto row_max_at = [&](int group, int row) -> uint32_t {
+    return smem + offsetof(Smem, row_max) + (group * C::block_rows + row) * 4;
+  };
+  auto row_sum_at = [&](int parity, int group, int row) -> uint32_t {
+    return smem + offsetof(Smem, row_sum) + ((parity * kGroups + group) * C::block_rows + row) * 4;
   };
 
-  const int thread = threadIdx.x % 128, lane = threadIdx.x % 32;
-  const int group = warp_uniform(threadIdx.x / 128), warp = warp_uniform(threadIdx.x / 32 % 4);
-  const int row = warp * 16 + lane / 4, pair = lane % 4 * 2;  // of accumulators: rows row and row + 8, columns pair and pair + 1
+  const int thread = threadIdx.x % kGroupThreads, lane = threadIdx.x % 32;
+  const int group = warp_uniform(threadIdx.x / kGroupThreads), warp = warp_uniform(threadIdx.x / 32 % 4);
+  const int row = warp * 16 + lane / 4, pair = lane % 4 * 2;  // accumulators: rows row, row + 8, columns pair, pair + 1
   const int first_chunk = group * L::half_chunks;             // of the half of the columns that is this warpgroup's
 
   const schedule::PlanView plan = schedule::view(p.plan, p.num_workers);
@@ -104,7 +112,7 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
   auto load_tile = [&](int t) {
     if (loads.index < worker.end_piece) {
       const uint32_t tile_at = kv_at(t);
-      const bool with_rope = L::rope > 0 && t % 2 != group;
+      const bool with_rope = L::rope > 0 && owner_of(t) != group;
       if (by_boxes) {
         const int bytes = box_bytes(p, tokens_of_tile(loads.tile, loads.len));
         auto load_chunk = [&](int chunk) {
@@ -139,13 +147,13 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
     if (lane == 0) {
       for (int i = 0; i < L::half_chunks / 2; ++i)
         mbarrier_arrive(landed_at(t, first_chunk + warp / 2 * (L::half_chunks / 2) + i));
-      if (L::rope > 0 && t % 2 != group && warp / 2 == 1) mbarrier_arrive(landed_at(t, L::last_chunk));
+      if (L::rope > 0 && owner_of(t) != group && warp / 2 == 1) mbarrier_arrive(landed_at(t, L::last_chunk));
     }
     __syncwarp();
   };
   // This warpgroup has multiplied tile t: what it loads of it is dead.
   auto release = [&](int t) {
-    named_barrier_sync(kWarpgroup + group, 128);  // pairs with itself: all four warps have
+    named_barrier_sync(kWarpgroup + group, kGroupThreads);  // pairs with itself: all four warps have
     load_tile(t + C::stages);
   };
 
@@ -153,7 +161,7 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
 
   if (threadIdx.x == 0) {
     for (int i = 0; i < C::stages * L::k_chunks; ++i)
-      mbarrier_init(landed_at(0, 0) + i * kMbarrierBytes, by_boxes ? 1 : 2);  // the two warps that copy half of the rows each
+      mbarrier_init(landed_at(0, 0) + i * kMbarrierBytes, by_boxes ? 1 : 2);  // two warps copy half of the rows each
     fence_mbarrier_init();
   }
   if (threadIdx.x == 32 && by_boxes) {
@@ -177,8 +185,8 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
 #pragma unroll
   for (int i = 0; i < L::o_registers; ++i) o[i] = 0.f;
 
-  // Of the piece, which begins with tile t: numbers of tiles are those of the worker, less `base` those of the request.
-  int t = 0, end_t = 0, base = 0, first_masked = 0, len = 0, visible[2] = {};
+  // Of the piece. Tiles are numbered through the worker's pieces; less `base`, through the request.
+  int begin_t = 0, end_t = 0, base = 0, first_masked = 0, len = 0, visible[2] = {};
 
   const uint64_t q_desc = k_major(smem + offsetof(Smem, q)), k_desc = k_major(smem + offsetof(Smem, kv));
   const uint64_t p_desc = k_major(smem + offsetof(Smem, kv) + L::last_chunk * kChunkBytes);
@@ -189,14 +197,14 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
   auto clear_tail = [&](int t) {
     const int tokens = tokens_of_tile(t - base, len);
     if (!by_boxes || tokens == kTileTokens) return;
-    for (int i = 0; i < L::half_chunks; ++i) mbarrier_wait(landed_at(t, first_chunk + i), t / C::stages % 2);
-    zero_rows(kv_at(t) + first_chunk * kChunkBytes, L::half_chunks, tokens, thread, 128);
+    for (int i = 0; i < L::half_chunks; ++i) mbarrier_wait(landed_at(t, first_chunk + i), parity_of(t));
+    zero_rows(kv_at(t) + first_chunk * kChunkBytes, L::half_chunks, tokens, thread, kGroupThreads);
     fence_proxy_async();
-    named_barrier_sync(kWarpgroup + group, 128);  // pairs with itself: the zeros of all four warps are there
+    named_barrier_sync(kWarpgroup + group, kGroupThreads);  // pairs with itself: the zeros of all four warps are there
   };
   // Chunks in the order in which they are refilled: this warpgroup's half, the other's, RoPE.
   auto compute_logits = [&](int t) {
-    const int parity = t / C::stages % 2;
+    const int parity = parity_of(t);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int first = (half == 0 ? group : 1 - group) * L::half_chunks;
@@ -216,7 +224,8 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
     if constexpr (L::rope > 0) {
       mbarrier_wait(landed_at(t, L::last_chunk), parity);
       wgmma_fence();
-      const uint64_t q = pinned(q_desc + L::last_chunk * kChunkStep), k = in_stage(k_desc + L::last_chunk * kChunkStep, t);
+      const uint64_t q = pinned(q_desc + L::last_chunk * kChunkStep),
+                     k = in_stage(k_desc + L::last_chunk * kChunkStep, t);
 #pragma unroll
       for (int step = 0; step < L::k_steps(L::last_chunk); ++step)
         wgmma_qk<T, true>(s, q + step * kColumnStep, k + step * kColumnStep);
@@ -233,7 +242,7 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
     float tile_max[2];
     mla::sm90::row_max(s, tile_max);
     raise_max(row_max, tile_max, factor);
-    named_barrier_sync(kWarpgroup + group, 128);  // pairs with itself: all four warps' logits are there, the RoPE columns are dead
+    named_barrier_sync(kWarpgroup + group, kGroupThreads);  // pairs with itself: no warp reads the RoPE columns any more
     exp2_rows(s, row_max, factor, row_sum);
     pack_p<T>(s, p_own);
     const uint32_t p_at = kv_at(t) + L::last_chunk * kChunkBytes;
@@ -243,7 +252,7 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
       store_shared(row_max_at(group, row), row_max[0]);
       store_shared(row_max_at(group, row + 8), row_max[1]);
     }
-    fence_proxy_async();                               // P, for the other's wgmma
+    fence_proxy_async();                                // P, for the other's wgmma
     named_barrier_arrive(kPReady + group, C::threads);  // pairs with take_max
   };
   // Waits for the P of the other's latest tile, and takes over the max that it refers to.
@@ -284,10 +293,10 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
     };
     {
       const RowBlock block = block_of(index);
-      base = t - warp_uniform(block.first_tile);
-      end_t = t + warp_uniform(block.num_tiles);
+      base = begin_t - warp_uniform(block.first_tile);
+      end_t = begin_t + warp_uniform(block.num_tiles);
       len = warp_uniform(block.len);
-      first_masked = t + warp_uniform(block.unmasked_tiles);
+      first_masked = begin_t + warp_uniform(block.unmasked_tiles);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         visible[half] = visible_tokens(p, block, row + half * 8);
@@ -296,21 +305,21 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
       }
     }
 
-    int own = t + (t + group) % 2;
-    if (own == t) {  // the piece's first tile is this warpgroup's: nothing to multiply beside it
-      announce(Number<ahead>{}, t + ahead);
-      clear_tail(t);
+    int own = owner_of(begin_t) == group ? begin_t : begin_t + 1;
+    if (own == begin_t) {  // the piece's first tile is this warpgroup's: nothing to multiply beside it
+      announce(Number<ahead + 1>{}, own + ahead);
+      clear_tail(own);
       pin(s);
-      compute_logits(t);
+      compute_logits(own);
       wgmma_wait<0>();
       pin(s);
-      softmax_tile(t);
-      if (t + 1 == end_t) load_next_q();
+      softmax_tile(own);
+      if (own + 1 == end_t) load_next_q();
       pin(o);
-      add_own_values(t);
+      add_own_values(own);
       wgmma_wait<0>();
       pin(o);
-      release(t);
+      release(own);
       own += 2;
     }
 #pragma unroll 1
@@ -381,7 +390,7 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
 #pragma unroll
     for (int i = 0; i < L::o_registers; ++i) o[i] = 0.f;
     index = next_index;
-    t = end_t;
+    begin_t = end_t;
     parity ^= 1;
   }
 }
