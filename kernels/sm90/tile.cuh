@@ -61,14 +61,17 @@ __device__ __forceinline__ int tokens_of_tile(int tile, int len) {
 }
 
 struct Slot {
-  int page, index;  // row of the cache; page -1: behind the request's end
+  int page, index;  // row of the cache, the page as the block table has it; index -1: behind the request's end
 };
-// Whatever the block table says, the page is in the pool. Entries behind the request's end are not read.
+// Entries of the block table behind the request's end are not read.
 __device__ __forceinline__ Slot slot_of(const DecodeParams& p, int request, int token, int len) {
-  if (token >= len) return {-1, 0};
+  if (token >= len) return {0, -1};
   const int entry = divide(token, p.by_page_size);
-  const int page = p.block_table[request * p.block_table_stride + entry];
-  return {min(max(page, 0), p.num_pages - 1), token - entry * p.page_size};
+  return {p.block_table[request * p.block_table_stride + entry], token - entry * p.page_size};
+}
+// Whatever the block table says, the page is in the pool. Clamped where it is used, as a look-up is waited for there and not before.
+__device__ __forceinline__ int pool_page(const DecodeParams& p, Slot slot) {
+  return min(max(slot.page, 0), p.num_pages - 1);
 }
 
 // ---- loading by TMA, in boxes of `box_rows` tokens of a chunk: lane i of a warp has box i ----
@@ -80,7 +83,7 @@ __device__ __forceinline__ bool has_boxes(const DecodeParams& p) { return p.box_
 // The lane's box of a tile; boxes that begin behind the request's end do not exist.
 __device__ __forceinline__ Slot box_slot(const DecodeParams& p, int request, int tile, int len) {
   const int first = static_cast<int>(threadIdx.x % 32) * p.box_rows;
-  return first < kTileTokens ? slot_of(p, request, tile * kTileTokens + first, len) : Slot{-1, 0};
+  return first < kTileTokens ? slot_of(p, request, tile * kTileTokens + first, len) : Slot{0, -1};
 }
 // Bytes that arrive of a chunk whose request has `tokens` of the tile: whole boxes.
 __device__ __forceinline__ int box_bytes(const DecodeParams& p, int tokens) {
@@ -91,11 +94,11 @@ template <class C>
 __device__ __forceinline__ void load_boxes(const DecodeParams& p, uint32_t tile_at, int chunk, Slot slot,
                                            uint32_t barrier) {
   using L = TileLayout<C>;
-  if (slot.page < 0) return;
+  if (slot.index < 0) return;
   const bool latent = chunk < L::v_chunks;
   const uint32_t to = tile_at + chunk * kChunkBytes + static_cast<int>(threadIdx.x % 32) * p.box_rows * kRowBytes;
-  tma_load_3d(to, latent ? &p.latent_map : &p.rope_map, latent ? chunk * kChunkColumns : 0, slot.index, slot.page,
-              barrier);
+  tma_load_3d(to, latent ? &p.latent_map : &p.rope_map, latent ? chunk * kChunkColumns : 0, slot.index,
+              pool_page(p, slot), barrier);
 }
 
 // ---- loading by address, row by row: a warp copies 32 rows, of which its lanes have an address each ----
@@ -105,10 +108,11 @@ struct RowAddress {
   bool exists;
 };
 __device__ __forceinline__ RowAddress row_address(const DecodeParams& p, Slot slot) {
-  RowAddress row{static_cast<const uint16_t*>(p.latent), static_cast<const uint16_t*>(p.rope), slot.page >= 0};
+  RowAddress row{static_cast<const uint16_t*>(p.latent), static_cast<const uint16_t*>(p.rope), slot.index >= 0};
   if (row.exists) {
-    row.latent += slot.page * p.latent_strides.page + slot.index * p.latent_strides.token;
-    row.rope += slot.page * p.rope_strides.page + slot.index * p.rope_strides.token;
+    const int page = pool_page(p, slot);
+    row.latent += page * p.latent_strides.page + slot.index * p.latent_strides.token;
+    row.rope += page * p.rope_strides.page + slot.index * p.rope_strides.token;
   }
   return row;
 }
