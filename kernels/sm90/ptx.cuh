@@ -24,14 +24,6 @@ __device__ __forceinline__ float load_shared(uint32_t from) {
 __device__ __forceinline__ void store_shared(uint32_t to, float x) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
 }
-__device__ __forceinline__ int load_shared_int(uint32_t from) {
-  int x;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(from) : "memory");
-  return x;
-}
-__device__ __forceinline__ void store_shared_int(uint32_t to, int x) {
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(x) : "memory");
-}
 // Any struct of 16-byte size and alignment multiples.
 template <class Struct>
 __device__ __forceinline__ void store_shared_struct(uint32_t to, const Struct& x) {
@@ -184,10 +176,11 @@ __device__ __forceinline__ uint64_t pinned(uint64_t descriptor) {
   "%" #x "0, %" #x "1, %" #x "2, %" #x "3, %" #x "4, %" #x "5, %" #x "6, %" #x "7, %" #x "8, %" #x "9, "
 #define MLA_TEXT_32 MLA_TEN() MLA_TEN(1) MLA_TEN(2) "%30, %31"
 #define MLA_TEXT_64 MLA_TEN() MLA_TEN(1) MLA_TEN(2) MLA_TEN(3) MLA_TEN(4) MLA_TEN(5) "%60, %61, %62, %63"
-#define MLA_TEXT_128                                                                                  \
-  MLA_TEN()                                                                                           \
-  MLA_TEN(1)                                                                                          \
-  MLA_TEN(2) MLA_TEN(3) MLA_TEN(4) MLA_TEN(5) MLA_TEN(6) MLA_TEN(7) MLA_TEN(8) MLA_TEN(9) MLA_TEN(10) \
+#define MLA_TEXT_128                                                                       \
+  MLA_TEN()                                                                                \
+  MLA_TEN(1)                                                                               \
+  MLA_TEN(2)                                                                               \
+  MLA_TEN(3) MLA_TEN(4) MLA_TEN(5) MLA_TEN(6) MLA_TEN(7) MLA_TEN(8) MLA_TEN(9) MLA_TEN(10) \
       MLA_TEN(11) "%120, %121, %122, %123, %124, %125, %126, %127"
 #define MLA_REGISTERS_8(d, i)                                                                                 \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \

@@ -66,12 +66,12 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
   extern __shared__ __align__(1024) unsigned char smem_bytes[];
   const uint32_t smem = (shared_address(smem_bytes) + alignment - 1) / alignment * alignment;
   auto tile_at = [&](int stage) { return smem + static_cast<uint32_t>(offsetof(Smem<C>, tiles)) + stage * L::bytes; };
-  auto block_at = [&](int round) {
-    return smem + static_cast<uint32_t>(offsetof(Smem<C>, block) + round % 2 * sizeof(RowBlock));
+  auto block_at = [&](int parity) {
+    return smem + static_cast<uint32_t>(offsetof(Smem<C>, block) + parity * sizeof(RowBlock));
   };
-  auto row_sum_at = [&](int round, int warpgroup, int row) {
+  auto row_sum_at = [&](int parity, int warpgroup, int row) {
     return smem + static_cast<uint32_t>(offsetof(Smem<C>, row_sum)) +
-           ((round % 2 * kConsumers + warpgroup) * C::block_rows + row) * 4;
+           ((parity * kConsumers + warpgroup) * C::block_rows + row) * 4;
   };
   auto row_max_at = [&](int warpgroup, int row) {
     return smem + static_cast<uint32_t>(offsetof(Smem<C>, row_max)) + (warpgroup * C::block_rows + row) * 4;
@@ -109,7 +109,7 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
     };
     auto block_of = [&](int index) { return make_row_block(p, plan.pieces[index], worker.member, C::block_rows); };
     // The chunks of a half of the columns in the order in which the logits use them: those of the tile's owner come first, RoPE last.
-    auto half_of = [](int tile, int i) { return (tile + i) % 2; };
+    auto half_of = [](int tile, int i) { return (tile + i) & 1; };
     auto chunks_of = [](int i) { return L::half_chunks + (i == 1 ? L::k_chunks - L::v_chunks : 0); };
     auto chunk_of = [](int half, int k) { return k < L::half_chunks ? half * L::half_chunks + k : L::last_chunk; };
 
@@ -128,9 +128,8 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
         for (int tile = 0; tile < block.num_tiles; ++tile, at.advance()) {
           const int tokens = tokens_of_tile(block.first_tile + tile, block.len);
           // Of the next tile: on its way while the stage of this one becomes free.
-          const Slot next = tile + 1 < block.num_tiles
-                                ? box_slot(p, block.request, block.first_tile + tile + 1, block.len)
-                                : Slot{-1, 0};
+          Slot next = slot;
+          if (tile + 1 < block.num_tiles) next = box_slot(p, block.request, block.first_tile + tile + 1, block.len);
           if (tokens == kTileTokens) {
             for (int i = 0; i < 2; ++i) {
               const int half = half_of(tile, i);
@@ -204,13 +203,13 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
     // ---- Q, and what the piece is ----
 
     auto copy_q_of_pieces = [&] {
-      int round = 0;
-      for (int index = next_piece_at(worker.first_piece);; index = next_piece_at(index + 1), ++round) {
+      int parity = 0;  // of the piece
+      for (int index = next_piece_at(worker.first_piece);; index = next_piece_at(index + 1), parity ^= 1) {
         const bool more = index < worker.end_piece;
         const RowBlock block = more ? block_of(index) : RowBlock{};
-        mbarrier_wait(q_free, round % 2 ^ 1);  // nobody reads Q any more, nor the block before the last
+        mbarrier_wait(q_free, parity ^ 1);  // nobody reads Q any more, nor the block before the last
         if (more) copy_q<C>(p, block, smem, threadIdx.x % (32 * kCopyWarps), 32 * kCopyWarps);
-        if (warp == kCopyWarps && lane == 0) store_shared_struct(block_at(round), block);
+        if (warp == kCopyWarps && lane == 0) store_shared_struct(block_at(parity), block);
         cp_async_commit();
         cp_async_wait<0>();
         fence_proxy_async();
@@ -310,12 +309,12 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
     };
 
 #pragma unroll 1
-    for (int round = 0;; ++round) {
-      mbarrier_wait(q_full, round % 2);  // pairs with copy_q_of_pieces
+    for (int parity = 0;; parity ^= 1) {  // of the piece
+      mbarrier_wait(q_full, parity);      // pairs with copy_q_of_pieces
       int num_tiles, unmasked_tiles, visible[2];
       {
         RowBlock block;
-        load_shared_struct(block, block_at(round));
+        load_shared_struct(block, block_at(parity));
         num_tiles = warp_uniform(block.num_tiles);
         unmasked_tiles = warp_uniform(block.unmasked_tiles);
 #pragma unroll
@@ -395,16 +394,16 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         sum[half] = lanes_sum<4>(sum[half]);
-        if (lane % 4 == 0) store_shared(row_sum_at(round, warpgroup, row + half * 8), sum[half]);
+        if (lane % 4 == 0) store_shared(row_sum_at(parity, warpgroup, row + half * 8), sum[half]);
       }
       named_barrier_sync(kSumsReady, kConsumers * kWarpgroupThreads);  // with the other
       RowBlock block;
-      load_shared_struct(block, block_at(round));
+      load_shared_struct(block, block_at(parity));
       const bool partial = warp_uniform(block.partial_slot) >= 0;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int block_row = row + half * 8, column = warpgroup * (C::d_v / 2) + pair;
-        const float total = sum[half] + load_shared(row_sum_at(round, warpgroup ^ 1, block_row));
+        const float total = sum[half] + load_shared(row_sum_at(parity, warpgroup ^ 1, block_row));
         const float scale = total == 0.f ? 0.f : 1.f / total;
         if (partial) store_partial_16<C>(p, block, block_row, column, o, half, scale);
         else store_output_16<T>(p, block, block_row, column, o, half, scale);
