@@ -56,7 +56,7 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
 
   extern __shared__ __align__(1024) unsigned char smem_bytes[];
   const uint32_t smem = shared_address(smem_bytes);
-  if (smem % (kSwizzleRows * kRowBytes) != 0) __trap();  // never, without static arrays; the swizzle is one of addresses
+  if (smem % (kSwizzleRows * kRowBytes) != 0) __trap();  // never, without static arrays
   auto owner_of = [](int t) { return static_cast<int>(static_cast<uint32_t>(t) % kGroups); };
   auto stage_of = [](int t) { return static_cast<int>(static_cast<uint32_t>(t) % C::stages); };
   auto parity_of = [](int t) { return static_cast<int>(static_cast<uint32_t>(t) / C::stages % 2); };
@@ -242,7 +242,7 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
     float tile_max[2];
     mla::sm90::row_max(s, tile_max);
     raise_max(row_max, tile_max, factor);
-    named_barrier_sync(kWarpgroup + group, kGroupThreads);  // pairs with itself: no warp reads the RoPE columns any more
+    named_barrier_sync(kWarpgroup + group, kGroupThreads);  // pairs with itself: nobody reads RoPE any more
     exp2_rows(s, row_max, factor, row_sum);
     pack_p<T>(s, p_own);
     const uint32_t p_at = kv_at(t) + L::last_chunk * kChunkBytes;
