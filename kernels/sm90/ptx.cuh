@@ -174,14 +174,11 @@ __device__ __forceinline__ uint64_t pinned(uint64_t descriptor) {
 // Operand lists: numbers in the text (ten from a multiple of ten on), and registers.
 #define MLA_TEN(x) \
   "%" #x "0, %" #x "1, %" #x "2, %" #x "3, %" #x "4, %" #x "5, %" #x "6, %" #x "7, %" #x "8, %" #x "9, "
+#define MLA_SIXTY MLA_TEN() MLA_TEN(1) MLA_TEN(2) MLA_TEN(3) MLA_TEN(4) MLA_TEN(5)
+#define MLA_SIXTY_MORE MLA_TEN(6) MLA_TEN(7) MLA_TEN(8) MLA_TEN(9) MLA_TEN(10) MLA_TEN(11)
 #define MLA_TEXT_32 MLA_TEN() MLA_TEN(1) MLA_TEN(2) "%30, %31"
-#define MLA_TEXT_64 MLA_TEN() MLA_TEN(1) MLA_TEN(2) MLA_TEN(3) MLA_TEN(4) MLA_TEN(5) "%60, %61, %62, %63"
-#define MLA_TEXT_128                                                                       \
-  MLA_TEN()                                                                                \
-  MLA_TEN(1)                                                                               \
-  MLA_TEN(2)                                                                               \
-  MLA_TEN(3) MLA_TEN(4) MLA_TEN(5) MLA_TEN(6) MLA_TEN(7) MLA_TEN(8) MLA_TEN(9) MLA_TEN(10) \
-      MLA_TEN(11) "%120, %121, %122, %123, %124, %125, %126, %127"
+#define MLA_TEXT_64 MLA_SIXTY "%60, %61, %62, %63"
+#define MLA_TEXT_128 MLA_SIXTY MLA_SIXTY_MORE "%120, %121, %122, %123, %124, %125, %126, %127"
 #define MLA_REGISTERS_8(d, i)                                                                                 \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
@@ -244,6 +241,8 @@ __device__ __forceinline__ void wgmma_pv(float (&d)[R], const uint32_t (&a)[4], 
 #undef MLA_TEXT_128
 #undef MLA_TEXT_64
 #undef MLA_TEXT_32
+#undef MLA_SIXTY_MORE
+#undef MLA_SIXTY
 #undef MLA_TEN
 
 }  // namespace mla::sm90
