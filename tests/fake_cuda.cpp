@@ -4,7 +4,7 @@
 //   FAKE_CUDA_VERSION   what cuDriverGetVersion says (default 12000)
 //   FAKE_CUDA_FAIL      "<call>=<code>": that call fails
 //   FAKE_CUDA_LACKS     a call that it does not have
-//   FAKE_CUDA_SMEM      "<bytes per SM>,<bytes per block, opt-in>" (default: those of an A100)
+//   FAKE_CUDA_SMEM      "<bytes per SM>,<bytes per block, opt-in>" (default: those of an H100)
 #include <cuda.h>
 
 #include <cstdarg>
@@ -53,7 +53,7 @@ int current_device() {
 }
 
 int smem(int which) {
-  int values[2] = {164 * 1024, 163 * 1024};
+  int values[2] = {228 * 1024, 227 * 1024};
   if (const char* given = getenv("FAKE_CUDA_SMEM")) sscanf(given, "%d,%d", &values[0], &values[1]);
   return values[which];
 }
