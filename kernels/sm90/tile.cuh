@@ -57,7 +57,10 @@ constexpr uint64_t kChunkStep = descriptor_step(kChunkBytes);
 
 // How many of a tile's tokens the request has.
 __device__ __forceinline__ int tokens_of_tile(int tile, int len) {
-  return max(0, min(len - tile * kTileTokens, kTileTokens));
+  // ptxas 12.9 and 13.0 make one instruction of two signed bounds and a comparison with kTileTokens (VIMNMX.RELU with a
+  // predicate), and with it requests without KV hang, as if no tokens were a whole tile. An unsigned bound stays apart.
+  return static_cast<int>(
+      min(static_cast<uint32_t>(max(len - tile * kTileTokens, 0)), static_cast<uint32_t>(kTileTokens)));
 }
 
 struct Slot {
