@@ -3,9 +3,9 @@
 // A CTA walks the pieces that the schedule gives it: a block of 64 packed query rows and a range of 64-token KV tiles each. Q stays in
 // shared memory for a piece; the tiles go round a ring that runs on from piece to piece.
 //
-//   loads    The third warpgroup: one warp fetches tiles by TMA, half of the columns at a time, as soon as that half of the stage is
-//            free; or two warps copy rows by cp.async, where pages have no usable boxes. Two warps fetch Q of the next piece once
-//            the last logits of this one are computed, and say what the piece is.
+//   loads    The third warpgroup: two warps fetch half of a tile's columns each, as soon as that half of the stage is free, by TMA;
+//            or copy half of its rows by cp.async, where pages have no usable boxes. Two warps fetch Q of the next piece once the
+//            last logits of this one are computed, and say what the piece is.
 //   logits   Tile j of a piece belongs to warpgroup j % 2, which computes S = Q K^T of all of it, the softmax, and P.
 //   values   Warpgroup w owns half w of O's columns, in registers, and adds P V of every tile: of its own tiles with P from registers,
 //            of the other's with P from shared memory.
@@ -24,7 +24,7 @@ namespace mla::sm90 {
 constexpr int kWarpgroupThreads = 128, kWarpgroupWarps = 4, kConsumers = 2;
 // 3 * 128 threads start with 168 each; these add up to as many.
 constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
-constexpr int kCopyWarps = 2;  // of the producer: that copy rows, and as many that copy Q
+constexpr int kCopyWarps = 2;  // of the producer: that load KV, and as many that copy Q
 
 // Named barriers; 0 is __syncthreads.
 enum Barrier : int {
@@ -42,7 +42,7 @@ struct Smem {
   float row_max[kConsumers][C::block_rows];           // that the latest P of a warpgroup is relative to
   uint64_t full[C::stages][TileLayout<C>::k_chunks];  // a chunk of the tile is there
   uint64_t free[C::stages][kConsumers];  // a warpgroup is done with its half of the columns (and so with P or RoPE)
-  uint64_t landed;                       // the last tile of a request is there, but for its zeros
+  uint64_t landed[kConsumers];           // a half of the last tile of a request is there, but for its zeros
   uint64_t q_full, q_free;
 };
 
@@ -82,7 +82,9 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
   auto free_at = [&](int stage, int half) {
     return smem + static_cast<uint32_t>(offsetof(Smem<C>, free)) + (stage * kConsumers + half) * kMbarrierBytes;
   };
-  const uint32_t landed = smem + offsetof(Smem<C>, landed);
+  auto landed_at = [&](int half) {
+    return smem + static_cast<uint32_t>(offsetof(Smem<C>, landed)) + half * kMbarrierBytes;
+  };
   const uint32_t q_full = smem + offsetof(Smem<C>, q_full), q_free = smem + offsetof(Smem<C>, q_free);
 
   const int warpgroup = warp_uniform(threadIdx.x / kWarpgroupThreads);
@@ -93,7 +95,7 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
         mbarrier_init(full_at(stage, chunk), has_boxes(p) ? 1 : kCopyWarps);
       for (int half = 0; half < kConsumers; ++half) mbarrier_init(free_at(stage, half), kWarpgroupWarps);
     }
-    mbarrier_init(landed, 1);
+    for (int half = 0; half < kConsumers; ++half) mbarrier_init(landed_at(half), 1);
     mbarrier_init(q_full, kCopyWarps);
     mbarrier_init(q_free, kConsumers * kWarpgroupWarps);
     fence_mbarrier_init();
@@ -113,10 +115,10 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
     auto chunks_of = [](int i) { return L::half_chunks + (i == 1 ? L::k_chunks - L::v_chunks : 0); };
     auto chunk_of = [](int half, int k) { return k < L::half_chunks ? half * L::half_chunks + k : L::last_chunk; };
 
-    // ---- KV by TMA: one warp, a box a lane ----
+    // ---- KV by TMA: two warps, half of the columns each, and RoPE to whom the half is freed last ----
 
-    auto load_boxes_of_pieces = [&] {
-      if (lane == 0) {
+    auto load_boxes_of_pieces = [&](int half) {
+      if (elect_lane()) {
         prefetch_tensor_map(&p.latent_map);
         if (L::rope > 0) prefetch_tensor_map(&p.rope_map);
       }
@@ -124,37 +126,48 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
       int landed_parity = 0;
       for (int index = next_piece_at(worker.first_piece); index < worker.end_piece; index = next_piece_at(index + 1)) {
         const RowBlock block = block_of(index);
-        Slot slot = box_slot(p, block.request, block.first_tile, block.len);
-        for (int tile = 0; tile < block.num_tiles; ++tile, at.advance()) {
-          const int tokens = tokens_of_tile(block.first_tile + tile, block.len);
+        const int request = warp_uniform(block.request), len = warp_uniform(block.len);
+        const int first_tile = warp_uniform(block.first_tile), num_tiles = warp_uniform(block.num_tiles);
+        Slot slot = box_slot(p, request, first_tile, len);
+        for (int tile = 0; tile < num_tiles; ++tile, at.advance()) {
+          const int tokens = tokens_of_tile(first_tile + tile, len);
+          const Boxes boxes = all_boxes(p, slot);
           // Of the next tile: on its way while the stage of this one becomes free.
-          Slot next = slot;
-          if (tile + 1 < block.num_tiles) next = box_slot(p, block.request, block.first_tile + tile + 1, block.len);
+          if (tile + 1 < num_tiles) slot = box_slot(p, request, first_tile + tile + 1, len);
+          const int first = half * L::half_chunks;
+          const bool with_rope = L::rope > 0 && tile % 2 != half;
+          mbarrier_wait(free_at(at.stage, half), at.parity ^ 1);  // pairs with release(), a round before
           if (tokens == kTileTokens) {
-            for (int i = 0; i < 2; ++i) {
-              const int half = half_of(tile, i);
-              mbarrier_wait(free_at(at.stage, half), at.parity ^ 1);  // pairs with release(), a round before
-              for (int k = 0; k < chunks_of(i); ++k) {
-                const int chunk = chunk_of(half, k);
-                if (lane == 0) mbarrier_arrive_expect(full_at(at.stage, chunk), kChunkBytes);
-                load_boxes<C>(p, tile_at(at.stage), chunk, slot, full_at(at.stage, chunk));
-              }
+            auto load = [&](int chunk) {
+              mbarrier_arrive_expect(full_at(at.stage, chunk), kChunkBytes);
+              load_chunk<C>(p, tile_at(at.stage), chunk, boxes, kTileTokens, full_at(at.stage, chunk));
+            };
+            if (elect_lane()) {
+#pragma unroll
+              for (int k = 0; k < L::half_chunks; ++k) load(first + k);
+            }
+            if (with_rope) {
+              mbarrier_wait(free_at(at.stage, half ^ 1), at.parity ^ 1);  // P was in its place, for the other to read
+              if (elect_lane()) load(L::last_chunk);
             }
           } else {  // the end of the request: the values behind it become zeros before anybody sees the tile
-            for (int half = 0; half < 2; ++half) mbarrier_wait(free_at(at.stage, half), at.parity ^ 1);
+            if (with_rope) mbarrier_wait(free_at(at.stage, half ^ 1), at.parity ^ 1);
+            const int chunks = L::half_chunks + with_rope;
             if (tokens > 0) {
-              if (lane == 0) mbarrier_arrive_expect(landed, L::k_chunks * box_bytes(p, tokens));
-              for (int chunk = 0; chunk < L::k_chunks; ++chunk)
-                load_boxes<C>(p, tile_at(at.stage), chunk, slot, landed);
-              mbarrier_wait(landed, landed_parity);
+              if (elect_lane()) {
+                mbarrier_arrive_expect(landed_at(half), chunks * box_bytes(p, tokens));
+#pragma unroll 1
+                for (int k = 0; k < chunks; ++k)
+                  load_chunk<C>(p, tile_at(at.stage), chunk_of(half, k), boxes, tokens, landed_at(half));
+              }
+              mbarrier_wait(landed_at(half), landed_parity);
               landed_parity ^= 1;
             }
-            zero_rows(tile_at(at.stage), L::v_chunks, tokens, lane, 32);
+            zero_rows(tile_at(at.stage) + first * kChunkBytes, L::half_chunks, tokens, lane, 32);
             fence_proxy_async();
             __syncwarp();  // all lanes have fenced their zeros
-            if (lane < L::k_chunks) mbarrier_arrive(full_at(at.stage, lane));
+            if (lane < chunks) mbarrier_arrive(full_at(at.stage, chunk_of(half, lane)));
           }
-          slot = next;
         }
       }
     };
@@ -220,8 +233,8 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
     };
 
     if (warp >= kCopyWarps) copy_q_of_pieces();
-    else if (!has_boxes(p)) copy_rows_of_pieces();
-    else if (warp == 0) load_boxes_of_pieces();
+    else if (has_boxes(p)) load_boxes_of_pieces(warp);
+    else copy_rows_of_pieces();
   } else {
     raise_registers<kConsumerRegisters>();
     const int quad = lane / 4, pair = lane % 4 * 2, row = warp * 16 + quad;  // rows `row` and `row` + 8

@@ -77,13 +77,13 @@ __device__ __forceinline__ int pool_page(const DecodeParams& p, Slot slot) {
   return min(max(slot.page, 0), p.num_pages - 1);
 }
 
-// ---- loading by TMA, in boxes of `box_rows` tokens of a chunk: lane i of a warp has box i ----
+// ---- loading by TMA, in boxes of `box_rows` tokens of a chunk ----
 
-// Smaller boxes are not whole groups of the swizzle, and more than a few lanes can issue: those are left to the copies by address.
-constexpr int kMinBoxRows = kSwizzleRows;
+// Smaller boxes are left to the copies by address.
+constexpr int kMinBoxRows = 16, kMaxBoxes = kTileTokens / kMinBoxRows;
 __device__ __forceinline__ bool has_boxes(const DecodeParams& p) { return p.box_rows >= kMinBoxRows; }
 
-// The lane's box of a tile; boxes that begin behind the request's end do not exist.
+// Lane i of a warp has box i of a tile; boxes that begin behind the request's end do not exist.
 __device__ __forceinline__ Slot box_slot(const DecodeParams& p, int request, int tile, int len) {
   const int first = static_cast<int>(threadIdx.x % 32) * p.box_rows;
   return first < kTileTokens ? slot_of(p, request, tile * kTileTokens + first, len) : Slot{0, -1};
@@ -102,6 +102,34 @@ __device__ __forceinline__ void load_boxes(const DecodeParams& p, uint32_t tile_
   const uint32_t to = tile_at + chunk * kChunkBytes + static_cast<int>(threadIdx.x % 32) * p.box_rows * kRowBytes;
   tma_load_3d(to, latent ? &p.latent_map : &p.rope_map, latent ? chunk * kChunkColumns : 0, slot.index,
               pool_page(p, slot), barrier);
+}
+
+// The same by an elected lane for all: a TMA instruction is given uniform registers, and ptxas makes a loop of one that each lane
+// gives its own.
+struct Boxes {
+  int page[kMaxBoxes], index[kMaxBoxes];
+};
+// From box_slot(), by a whole warp.
+__device__ __forceinline__ Boxes all_boxes(const DecodeParams& p, Slot slot) {
+  Boxes boxes;
+#pragma unroll
+  for (int i = 0; i < kMaxBoxes; ++i) {
+    boxes.page[i] = __shfl_sync(0xffffffffu, pool_page(p, slot), i);
+    boxes.index[i] = __shfl_sync(0xffffffffu, slot.index, i);
+  }
+  return boxes;
+}
+// The boxes of a chunk that begin in the tile's first `tokens`. The bytes count on `barrier`, which must expect box_bytes().
+template <class C>
+__device__ __forceinline__ void load_chunk(const DecodeParams& p, uint32_t tile_at, int chunk, const Boxes& boxes,
+                                           int tokens, uint32_t barrier) {
+  const bool latent = chunk < TileLayout<C>::v_chunks;
+#pragma unroll
+  for (int i = 0; i < kMaxBoxes; ++i) {
+    if (i * p.box_rows >= tokens) break;
+    tma_load_3d(tile_at + chunk * kChunkBytes + i * p.box_rows * kRowBytes, latent ? &p.latent_map : &p.rope_map,
+                latent ? chunk * kChunkColumns : 0, boxes.index[i], boxes.page[i], barrier);
+  }
 }
 
 // ---- loading by address, row by row: a warp copies 32 rows, of which its lanes have an address each ----
