@@ -62,9 +62,10 @@ __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.
 // Tells the compiler that all lanes hold the same value, so that it can live in a uniform register.
 __device__ __forceinline__ int warp_uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
-// True in one lane of a warp all of which is here. ptxas knows that it is one: behind this TMA takes uniform registers as they are,
-// behind any other condition it gets a loop over lanes.
+// True in one lane, for a whole warp. ptxas knows that it is one: behind this TMA takes uniform registers as they are, behind any other
+// condition it gets a loop over lanes.
 __device__ __forceinline__ bool elect_lane() {
+  __syncwarp();  // lanes that are still behind, in a wait say, would elect another
   uint32_t elected;
   asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}" : "=r"(elected)::"memory");
   return elected != 0;
