@@ -172,6 +172,7 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
   __syncthreads();  // the mbarriers are there
   for (int t = 0; t < C::stages; ++t) load_tile(t);
   copy_q<C>(p, block_of(index), smem + offsetof(Smem, q), threadIdx.x, C::threads);
+  cp_async_commit();  // cp_async_wait sees no copies outside a group
   cp_async_wait<0>();
   fence_proxy_async();
   __syncthreads();  // Q is there
