@@ -114,14 +114,15 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
       const uint32_t tile_at = kv_at(t);
       const bool with_rope = L::rope > 0 && owner_of(t) != group;
       if (by_boxes) {
-        const int bytes = box_bytes(p, tokens_of_tile(loads.tile, loads.len));
-        auto load_chunk = [&](int chunk) {
-          if (lane == 0) mbarrier_arrive_expect(landed_at(t, chunk), bytes);
-          __syncwarp();
-          load_boxes<C>(p, tile_at, chunk, loads.slot, landed_at(t, chunk));
+        const int tokens = tokens_of_tile(loads.tile, loads.len);
+        const Boxes boxes = all_boxes(p, loads.slot);
+        auto load = [&](int chunk) {
+          mbarrier_arrive_expect(landed_at(t, chunk), box_bytes(p, tokens));
+          load_chunk<C>(p, tile_at, chunk, boxes, tokens, landed_at(t, chunk));
         };
-        if (warp < L::half_chunks) load_chunk(first_chunk + warp);
-        if (with_rope && warp == L::half_chunks % 4) load_chunk(L::last_chunk);
+        if (warp < L::half_chunks && elect_lane()) load(first_chunk + warp);
+        if (with_rope && warp == L::half_chunks % 4 && elect_lane()) load(L::last_chunk);
+        __syncwarp();  // what follows is for whole warps
       } else {
         const RowAddress from = row_address(p, loads.slot);
 #pragma unroll
