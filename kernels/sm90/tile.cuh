@@ -92,19 +92,7 @@ __device__ __forceinline__ Slot box_slot(const DecodeParams& p, int request, int
 __device__ __forceinline__ int box_bytes(const DecodeParams& p, int tokens) {
   return ((tokens + p.box_rows - 1) & -p.box_rows) * kRowBytes;
 }
-// By a whole warp. The bytes count on `barrier`, which must expect box_bytes().
-template <class C>
-__device__ __forceinline__ void load_boxes(const DecodeParams& p, uint32_t tile_at, int chunk, Slot slot,
-                                           uint32_t barrier) {
-  using L = TileLayout<C>;
-  if (slot.index < 0) return;
-  const bool latent = chunk < L::v_chunks;
-  const uint32_t to = tile_at + chunk * kChunkBytes + static_cast<int>(threadIdx.x % 32) * p.box_rows * kRowBytes;
-  tma_load_3d(to, latent ? &p.latent_map : &p.rope_map, latent ? chunk * kChunkColumns : 0, slot.index,
-              pool_page(p, slot), barrier);
-}
-
-// The same by an elected lane for all: a TMA instruction is given uniform registers, and ptxas makes a loop of one that each lane
+// All boxes are issued by an elected lane: a TMA instruction is given uniform registers, and ptxas makes a loop of one that each lane
 // gives its own.
 struct Boxes {
   int page[kMaxBoxes], index[kMaxBoxes];
