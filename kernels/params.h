@@ -31,6 +31,11 @@ struct CacheStrides {
   int64_t page, token;
 };
 
+// A CUtensorMap as the driver encodes it.
+struct alignas(64) TensorMap {
+  uint64_t words[16];
+};
+
 // A schedule in device memory: this header, PlanWorker[num_workers], SplitItem[num_workers], then the pieces and what only the
 // planner reads. What the words mean and how large the whole is: common/schedule.h.
 struct PlanHeader {
@@ -109,12 +114,19 @@ struct DecodeParams {
   int32_t num_workers;     // CTAs of the grid
   float* o_partial;        // [2 * num_workers, block_rows, d_v]
   float* lse2_partial;     // [2 * num_workers, block_rows], base 2
+
+  // What boxes of the cache are fetched by, filled in by the launch for the pipelines that do: 3-D (column, slot, page), boxes of
+  // 64 columns x box_rows slots x 1 page, 128-byte swizzle, zeros for what lies outside. A box of the rope map is as wide, although
+  // it has only d_qk - d_v columns; without rope columns there is no such map.
+  int32_t box_rows;  // a power of two up to 64 that divides page_size; 0: there are no maps, rows are copied by address
+  TensorMap latent_map, rope_map;
 };
 
 // Launch shapes of the two small kernels; those of the pipelines are in variants.inc.
 constexpr int kPlanThreads = 512;  // one CTA; the sums over group sizes need more registers than 1024 threads have
 constexpr int kCombineThreads = 256, kCombineCtasPerWorker = 8;  // at most as many as an SM holds
 
+static_assert(sizeof(TensorMap) == 128);
 static_assert(sizeof(PlanHeader) == 32 && sizeof(PlanWorker) == 16 && sizeof(Piece) == 32 && sizeof(SplitItem) == 32);
 
 }  // namespace mla

@@ -47,9 +47,9 @@ T* from_python(uintptr_t value, T*) {
 // clang-format on
 
 #define X(name, field) +sizeof(DecodeParams::field)
-constexpr size_t kFilledByLaunch = 2 * sizeof(FastDivisor);
-constexpr size_t kPaddingAfterNumWorkers = 4;
-static_assert(0 MLA_PARAMS(X) + kFilledByLaunch + kPaddingAfterNumWorkers == sizeof(DecodeParams),
+constexpr size_t kFilledByLaunch = 2 * sizeof(FastDivisor) + sizeof(DecodeParams::box_rows) + 2 * sizeof(TensorMap);
+constexpr size_t kPaddingAfterNumWorkers = 4, kPaddingBeforeMaps = 20;
+static_assert(0 MLA_PARAMS(X) + kFilledByLaunch + kPaddingAfterNumWorkers + kPaddingBeforeMaps == sizeof(DecodeParams),
               "a field of params.h has no attribute");
 #undef X
 

@@ -29,18 +29,22 @@ std::string failure_text(const Driver& calls, CUresult result) {
          "): " + (text ? text : "no description");
 }
 
-// Fills in the entry points; returns the names of those that the driver lacks.
+// Fills in the entry points; returns the names of those that the driver lacks and we need.
 std::string look_up_calls(Driver& calls, decltype(&::cuGetProcAddress) get_address) {
+  const auto look_up = [&](auto& call, int since) {
+    CUdriverProcAddressQueryResult status{};
+    void* address = nullptr;
+    get_address(call.name, &address, since, CU_GET_PROC_ADDRESS_DEFAULT, &status);
+    call.function = reinterpret_cast<decltype(call.function)>(address);
+    return address != nullptr;
+  };
   std::string missing;
-#define X(call, since)                                                              \
-  {                                                                                 \
-    CUdriverProcAddressQueryResult status{};                                        \
-    void* address = nullptr;                                                        \
-    get_address(#call, &address, since, CU_GET_PROC_ADDRESS_DEFAULT, &status);      \
-    calls.call.function = reinterpret_cast<decltype(calls.call.function)>(address); \
-    if (!address) missing += " " #call;                                             \
-  }
+#define X(call, since) \
+  if (!look_up(calls.call, since)) missing += " " #call;
   MLA_DRIVER_CALLS(X)
+#undef X
+#define X(call, since) look_up(calls.call, since);
+  MLA_OPTIONAL_DRIVER_CALLS(X)
 #undef X
   return missing;
 }

@@ -57,9 +57,13 @@ struct DriverCall<CUresult(Args...)> {
   X(cuKernelSetAttribute, 12000)    \
   X(cuLaunchKernelEx, 11060)
 
+// Those that we can do without: null where the driver has none.
+#define MLA_OPTIONAL_DRIVER_CALLS(X) X(cuTensorMapEncodeTiled, 12000)
+
 struct Driver {
 #define X(name, version) DriverCall<decltype(::name)> name{#name};
   MLA_DRIVER_CALLS(X)
+  MLA_OPTIONAL_DRIVER_CALLS(X)
 #undef X
 };
 

@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "module.h"
+#include "tensor_map.h"
 
 namespace mla {
 namespace {
@@ -18,9 +19,9 @@ const Kernel& combine_kernel(const Variant& variant, Dtype dtype, int device) {
   return get_kernel("combine", combine_entry(variant, dtype), device, Occupancy::any);
 }
 
-// The arguments are the kernel's parameters, by value and in order.
+// The arguments are the kernel's parameters, in order.
 template <class... Args>
-void launch(const Kernel& kernel, unsigned blocks, unsigned threads, uintptr_t stream, Args... args) {
+void launch(const Kernel& kernel, unsigned blocks, unsigned threads, uintptr_t stream, const Args&... args) {
   CUlaunchConfig config{};
   config.gridDimX = blocks;
   config.gridDimY = config.gridDimZ = 1;
@@ -28,7 +29,7 @@ void launch(const Kernel& kernel, unsigned blocks, unsigned threads, uintptr_t s
   config.blockDimY = config.blockDimZ = 1;
   config.sharedMemBytes = kernel.smem_bytes;
   config.hStream = reinterpret_cast<CUstream>(stream);
-  void* pointers[] = {&args...};
+  void* pointers[] = {const_cast<Args*>(&args)...};  // the driver copies what they point to
   // The driver takes a CUkernel for a CUfunction and finds the current context's instance of it.
   driver().cuLaunchKernelEx(&config, reinterpret_cast<CUfunction>(kernel.handle), pointers, nullptr);
 }
@@ -41,11 +42,13 @@ void launch_plan(const Variant& variant, const DecodeParams& params, int device,
          const_cast<PlanHeader*>(params.plan));
 }
 
-void launch_decode(const Variant& variant, Dtype dtype, DecodeParams params, int device, uintptr_t stream) {
-  if (params.page_size < 1 || params.lengths.h_q < 1) throw std::invalid_argument("page_size and h_q must be positive");
+void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& given, int device, uintptr_t stream) {
+  if (given.page_size < 1 || given.lengths.h_q < 1) throw std::invalid_argument("page_size and h_q must be positive");
   const ContextGuard guard(device);
+  DecodeParams params = given;
   params.by_page_size = make_fast_divisor(params.page_size);
   params.by_h_q = make_fast_divisor(params.lengths.h_q);
+  if (fetches_boxes(variant)) add_tensor_maps(variant, dtype, params);
   const unsigned workers = static_cast<unsigned>(params.num_workers);
   launch(decode_kernel(variant, dtype, device), workers, 32 * static_cast<unsigned>(variant.warps), stream, params);
   launch(combine_kernel(variant, dtype, device), kCombineCtasPerWorker * workers, kCombineThreads, stream, params,

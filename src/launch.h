@@ -14,7 +14,7 @@ inline schedule::Shape shape_of(const Variant& variant) { return {variant.block_
 void launch_plan(const Variant& variant, const DecodeParams& params, int device, uintptr_t stream);
 
 // Decodes by the schedule at params.plan: the variant's kernel, then the combination of what it split.
-void launch_decode(const Variant& variant, Dtype dtype, DecodeParams params, int device, uintptr_t stream);
+void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& params, int device, uintptr_t stream);
 
 // Does now what the first launches on this device would do: load the images and move them into the context.
 void preload(const Variant& variant, int device);

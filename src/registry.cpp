@@ -13,7 +13,7 @@ struct Targets {
 };
 constexpr Targets ampere_163k{163 * 1024, 80, false};
 constexpr Targets ampere_99k{99 * 1024, 80, false};
-[[maybe_unused]] constexpr Targets hopper{227 * 1024, 90, true};
+constexpr Targets hopper{227 * 1024, 90, true};
 constexpr Targets host{0, 0, false};
 
 // The words of the `dtypes` column.

@@ -23,6 +23,9 @@ struct Variant {
   bool exact_sm;   // it runs on that architecture only
 };
 
+// Its kernels fetch boxes of the cache by tensor maps, as all do that no GPU before 9.0 runs.
+constexpr bool fetches_boxes(const Variant& variant) { return variant.min_sm >= 90; }
+
 // In the table's order; the host variant has zeros for the tile.
 extern const Variant kVariants[];
 extern const size_t kNumVariants;

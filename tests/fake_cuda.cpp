@@ -3,7 +3,8 @@
 // It has two devices. Every call that changes something is appended to $FAKE_CUDA_LOG, one JSON object a line. Knobs:
 //   FAKE_CUDA_VERSION   what cuDriverGetVersion says (default 12000)
 //   FAKE_CUDA_FAIL      "<call>=<code>": that call fails
-//   FAKE_CUDA_SMEM      "<bytes per SM>,<bytes per block, opt-in>" (default: those of an A100)
+//   FAKE_CUDA_LACKS     a call that it does not have
+//   FAKE_CUDA_SMEM      "<bytes per SM>,<bytes per block, opt-in>" (default: those of an H100)
 #include <cuda.h>
 
 #include <cstdarg>
@@ -52,7 +53,7 @@ int current_device() {
 }
 
 int smem(int which) {
-  int values[2] = {164 * 1024, 163 * 1024};
+  int values[2] = {228 * 1024, 227 * 1024};
   if (const char* given = getenv("FAKE_CUDA_SMEM")) sscanf(given, "%d,%d", &values[0], &values[1]);
   return values[which];
 }
@@ -148,6 +149,29 @@ CUresult fake_cuKernelSetAttribute(CUfunction_attribute attribute, int value, CU
   changed->max_smem[device] = value;
   return CUDA_SUCCESS;
 }
+// The map that it makes is the number of the encoding, 16 times.
+CUresult fake_cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
+                                     const cuuint64_t* dims, const cuuint64_t* strides, const cuuint32_t* box,
+                                     const cuuint32_t* steps, CUtensorMapInterleave interleave,
+                                     CUtensorMapSwizzle swizzle, CUtensorMapL2promotion promotion,
+                                     CUtensorMapFloatOOBfill fill) {
+  static cuuint64_t number = 0;
+  const auto misaligned = [](const void* pointer, uintptr_t to) { return reinterpret_cast<uintptr_t>(pointer) % to; };
+  if (misaligned(map, 64) || misaligned(address, 16) || rank != 3) return CUDA_ERROR_INVALID_VALUE;
+  for (int i = 0; i < 3; ++i)
+    if (dims[i] < 1 || dims[i] > 1ull << 32 || box[i] < 1 || box[i] > 256) return CUDA_ERROR_INVALID_VALUE;
+  for (int i = 0; i < 2; ++i)
+    if (strides[i] % 16 || strides[i] >= 1ull << 40) return CUDA_ERROR_INVALID_VALUE;
+  ++number;
+  log(R"({"call": "cuTensorMapEncodeTiled", "map": %llu, "type": %d, "address": %llu, "dims": [%llu, %llu, %llu], "strides": [%llu, %llu], "box": [%u, %u, %u], "steps": [%u, %u, %u], "modes": [%d, %d, %d, %d]})",
+      static_cast<unsigned long long>(number), type, reinterpret_cast<unsigned long long>(address),
+      static_cast<unsigned long long>(dims[0]), static_cast<unsigned long long>(dims[1]),
+      static_cast<unsigned long long>(dims[2]), static_cast<unsigned long long>(strides[0]),
+      static_cast<unsigned long long>(strides[1]), box[0], box[1], box[2], steps[0], steps[1], steps[2], interleave,
+      swizzle, promotion, fill);
+  for (cuuint64_t& word : map->opaque) word = number;
+  return CUDA_SUCCESS;
+}
 CUresult fake_cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** parameters, void**) {
   const FakeKernel& kernel = *reinterpret_cast<FakeKernel*>(function);
   const int device = current_device();
@@ -185,6 +209,7 @@ extern "C" CUresult cuDriverGetVersion(int* version) {
 extern "C" CUresult cuGetProcAddress_v2(const char* name, void** address, int, cuuint64_t,
                                         CUdriverProcAddressQueryResult*) {
   *address = nullptr;
+  if (const char* lacking = getenv("FAKE_CUDA_LACKS"); lacking && !strcmp(name, lacking)) return CUDA_ERROR_NOT_FOUND;
   if (!strcmp(name, "cuDriverGetVersion")) *address = reinterpret_cast<void*>(cuDriverGetVersion);
 #define FAKE(call) \
   if (!strcmp(name, #call)) *address = pick(#call, fake_##call);
@@ -201,6 +226,7 @@ extern "C" CUresult cuGetProcAddress_v2(const char* name, void** address, int, c
   FAKE(cuLibraryGetKernel)
   FAKE(cuKernelGetFunction)
   FAKE(cuKernelSetAttribute)
+  FAKE(cuTensorMapEncodeTiled)
   FAKE(cuLaunchKernelEx)
 #undef FAKE
   return *address ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;

@@ -39,6 +39,10 @@ def _strides(name: str, *dims: str) -> list[tuple[str, Any]]:
     return [(f"{name}_{dim}", ctypes.c_int64) for dim in dims]
 
 
+class TensorMap(ctypes.Structure):
+    _fields_ = [("words", ctypes.c_uint64 * 16)]
+
+
 class DecodeParams(ctypes.Structure):
     """kernels/params.h once more, so that an attribute bound to the wrong field is seen."""
 
@@ -69,11 +73,18 @@ class DecodeParams(ctypes.Structure):
         ("num_workers", ctypes.c_int32),
         ("o_partial", ctypes.c_uint64),
         ("lse2_partial", ctypes.c_uint64),
+        ("box_rows", ctypes.c_int32),
+        ("_before_maps", ctypes.c_int32 * 5),  # maps are aligned to 64 bytes
+        ("latent_map", TensorMap),
+        ("rope_map", TensorMap),
     ]
 
 
 LENGTHS = [name for name, _ in Lengths._fields_]
-ATTRIBUTES = LENGTHS + [name for name, kind in DecodeParams._fields_[1:] if kind is not FastDivisor]
+FILLED_BY_LAUNCH = ("by_page_size", "by_h_q", "box_rows", "_before_maps", "latent_map", "rope_map")
+ATTRIBUTES = LENGTHS + [
+    name for name, _ in DecodeParams._fields_[1:] if name not in FILLED_BY_LAUNCH
+]
 WORKERS = 7
 
 

@@ -26,10 +26,10 @@ GPUS = {
     "H100": (90, 132, 227),
     "H200": (90, 132, 227),
 }
-TARGETS = {163: "ampere_163k", 227: "ampere_163k", 99: "ampere_99k"}
+TARGETS = {163: "ampere_163k", 99: "ampere_99k", 227: "hopper"}
 D_QK = (576, 320, 288, 512)
 
-# (h_q, s_q) -> rows of a tile: the smallest that holds all rows of a request, else the largest.
+# (h_q, s_q) -> rows of an sm80 tile: the smallest that holds a request's rows, else the largest.
 BLOCK_ROWS = {
     (1, 1): 16,
     (6, 1): 16,
@@ -107,15 +107,20 @@ class TestGolden:
     def test_choice(self, h_q: int, s_q: int, name: str, d_qk: int) -> None:
         for b, kv_len in itertools.product((1, 4, 32, 128), (64, 1024, 8192, 131072)):
             variant = chosen(problem(h_q, s_q, b=b, kv_len=kv_len, d_qk=d_qk), gpu(name))
-            assert (variant.pipeline, variant.d_qk) == ("sm80", d_qk)
-            assert variant.targets == TARGETS[GPUS[name][2]]
-            assert variant.block_rows == BLOCK_ROWS[h_q, s_q], (b, kv_len)
+            assert variant.d_qk == d_qk
+            assert variant.targets == TARGETS[GPUS[name][2]], (b, kv_len)
+            if variant.targets == "hopper":
+                assert variant.pipeline in ("sm90_2wg", "sm90_3wg")
+            else:
+                assert variant.pipeline == "sm80"
+                assert variant.block_rows == BLOCK_ROWS[h_q, s_q], (b, kv_len)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("page_size", [1, 3, 16, 64, 480])
     def test_neither_dtype_nor_pages_matter(self, dtype: torch.dtype, page_size: int) -> None:
         asked = problem(20, dtype=dtype, page_size=page_size)
-        assert chosen(asked, gpu("H200")).block_rows == 32
+        for name in GPUS:
+            assert chosen(asked, gpu(name)) is chosen(problem(20), gpu(name))
 
     def test_ragged_queries_count_by_their_average(self) -> None:
         assert chosen(problem(16, total_q=32), gpu("A100")).block_rows == 16
@@ -258,7 +263,8 @@ class TestRefusals:
             if name == "cpu":
                 assert reasons == ["runs on cpu tensors, not on cuda"]
             else:
-                assert "needs sm_80 or later, the GPU is sm_75" in reasons
+                needed = "sm_80 or later" if name.startswith("sm80") else "sm_90"
+                assert f"needs {needed}, the GPU is sm_75" in reasons
 
     def test_no_driver(self) -> None:
         broken = replace(gpu("H200"), problem="the driver is too old")
@@ -291,7 +297,8 @@ class TestRefusals:
         assert reasons[row.name] == ["is for d_qk = 320, d_v = 256, not 576, 512"]
 
     def test_row_that_needs_more_shared_memory(self) -> None:
-        largest = max((v for v in VARIANTS if v.d_qk == 576), key=lambda v: v.smem_bytes)
+        rows = [v for v in VARIANTS if (v.pipeline, v.d_qk) == ("sm80", 576)]
+        largest = max(rows, key=lambda v: v.smem_bytes)
         (reason,) = self.refused(gpu("RTX 4090"), largest.name)[largest.name]
         assert re.fullmatch(r"needs 1\d\d KB of shared memory, the GPU has 99 KB", reason)
 
@@ -363,7 +370,7 @@ class TestExplain:
         assert us(b=64) > us(b=32)
         assert us(b=32, kv_len=8192) > us(b=32)
         assert us(b=32, s_q=4) > us(b=32)
-        assert us(b=0) == us(b=1, s_q=0) >= estimate.START_US
+        assert us(b=0) == us(b=1, s_q=0) >= min(costs.start_us for costs in estimate.COSTS.values())
 
     def test_bounds(self) -> None:
         def bound(**sizes: int) -> str:
@@ -375,9 +382,14 @@ class TestExplain:
         assert bound(device="H200", b=128, kv_len=8192, h_q=16) == "memory"
         assert bound(device="RTX 3090", b=128, kv_len=8192, h_q=128) == "compute"
 
-    def test_tiles_that_an_estimate_knows(self) -> None:
-        rows = {variant.block_rows for variant in VARIANTS if not variant.on_host}
-        assert rows <= set(estimate.MMA_SHARE)
+    def test_what_an_estimate_knows(self) -> None:
+        rows: dict[str, set[int]] = {}
+        for variant in VARIANTS:
+            if not variant.on_host:
+                rows.setdefault(variant.pipeline, set()).add(variant.block_rows)
+        assert set(rows) == set(estimate.COSTS)
+        for pipeline, costs in estimate.COSTS.items():
+            assert set(costs.mma_share) == set(costs.chain_tflops_per_sm) == rows[pipeline]
 
 
 class TestLog:

@@ -21,12 +21,19 @@ from mla import _mla
 GPU_VARIANTS = [v for v in _mla.variants() if v["pipeline"] != "cpu"]
 IMAGES = ["plan", "combine", *(v["name"] for v in GPU_VARIANTS)]
 each_image = pytest.mark.parametrize("image", IMAGES)
-each_variant = pytest.mark.parametrize("variant", GPU_VARIANTS, ids=lambda v: v["name"])
+
+
+def each_variant(pipeline: str) -> pytest.MarkDecorator:
+    """Once for each row of a pipeline, or of all whose names begin so."""
+    rows = [v for v in GPU_VARIANTS if v["pipeline"].startswith(pipeline)]
+    return pytest.mark.parametrize("variant", rows, ids=lambda v: v["name"])
+
 
 MACHINE_ARCHS = {
     "any": {"sm_80", "sm_86", "sm_90a", "sm_120"},
     "ampere_163k": {"sm_80", "sm_90a"},
     "ampere_99k": {"sm_86", "sm_120"},
+    "hopper": {"sm_90a"},
 }
 PTX_VERSION = (8, 0)  # CUDA 12.0's
 # Version of the machine code's container: drivers before 580 refuse 8, but for chips that always
@@ -94,15 +101,23 @@ def functions(image: str) -> list[Function]:
 
 def instructions(image: str) -> dict[tuple[str, str], Counter[str]]:
     """How often each instruction occurs, by architecture and function."""
-    counts = {}
     instruction = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)"
+    return {
+        where: Counter(re.findall(instruction, text, re.MULTILINE))
+        for where, text in code(image).items()
+    }
+
+
+def code(image: str) -> dict[tuple[str, str], str]:
+    """The disassembly by architecture and function."""
+    texts = {}
     for kind, arch, _, text in parts(image, "-sass"):
-        if kind != "elf":
-            continue
-        names_and_code = re.split(r"^\s+Function : (\w+)$", text, flags=re.MULTILINE)[1:]
-        for name, code in zip(names_and_code[::2], names_and_code[1::2], strict=True):
-            counts[arch, name] = Counter(re.findall(instruction, code, re.MULTILINE))
-    return counts
+        if kind == "elf":
+            names = re.split(r"^\s+Function : (\w+)$", text, flags=re.MULTILINE)[1:]
+            texts |= {
+                (arch, name): body for name, body in zip(names[::2], names[1::2], strict=True)
+            }
+    return texts
 
 
 def entry_points(image: str) -> set[str]:
@@ -126,7 +141,7 @@ def test_architectures_and_ptx(image: str) -> None:
         if kind == "elf":
             assert version == ((1, 8) if arch in ALWAYS_ELF_8 else elf_version), arch
     ptx = [(arch, version) for kind, arch, version, _ in found if kind == "ptx"]
-    assert ptx == [("sm_80", PTX_VERSION)]
+    assert ptx == ([] if targets(image) == "hopper" else [("sm_80", PTX_VERSION)])
 
 
 @each_image
@@ -172,8 +187,8 @@ def test_parameters_are_what_the_host_passes(image: str) -> None:
         assert set(map(tuple, sizes.values())) == {tuple(wanted.get(image, [params]))}, arch
 
 
-@each_variant
-def test_decode_uses_the_units_it_is_written_for(variant: dict[str, Any]) -> None:
+@each_variant("sm80")
+def test_sm80_uses_the_units_it_is_written_for(variant: dict[str, Any]) -> None:
     """Tensor cores, asynchronous copies past the registers, matrix loads."""
     for (arch, name), counts in instructions(variant["name"]).items():
         element = "HMMA.16816.F32.BF16" if name.endswith("_bf16") else "HMMA.16816.F32"
@@ -189,3 +204,50 @@ def test_decode_uses_the_units_it_is_written_for(variant: dict[str, Any]) -> Non
         loads = {op for op in counts if op.startswith("LDSM")}
         assert loads, (arch, name)
         assert any("MT88" in op for op in loads), "V is read transposed"
+
+
+@each_variant("sm90_")
+def test_sm90_uses_the_units_it_is_written_for(variant: dict[str, Any]) -> None:
+    """wgmma alone for the products, boxes by TMA and rows by cp.async, barriers in memory."""
+    for (arch, name), counts in instructions(variant["name"]).items():
+        element = "F32.BF16" if name.endswith("_bf16") else "F32"
+        mma = {op: n for op, n in counts.items() if "MMA" in op}
+        assert all(re.fullmatch(rf"HGMMA\.64x\d+x16\.{element}", op) for op in mma), (arch, name)
+        # The k-steps of one tile, if nothing were unrolled or shared.
+        least = variant["d_qk"] // 16 + variant["block_n"] // 16
+        assert sum(mma.values()) >= least, (arch, name)
+        assert [op for op in counts if op.startswith("UTMALDG.3D")], (arch, name)
+        assert not [op for op in counts if "MULTICAST" in op], (arch, name)
+        copies = [op for op in counts if op.startswith("LDGSTS")]
+        assert copies, (arch, name)
+        for op in copies:
+            assert op.startswith("LDGSTS.E.BYPASS"), (arch, name)
+            assert op.endswith(".128"), (arch, name)
+        assert [op for op in counts if op.startswith("STSM")], "P goes to shared memory by stmatrix"
+        assert [op for op in counts if op.startswith("SYNCS.PHASECHK")], "mbarriers are waited for"
+
+
+@each_variant("sm90_")
+def test_sm90_registers_as_the_warpgroups_take_them(variant: dict[str, Any]) -> None:
+    """With setmaxnreg, the SM's registers suffice for all warpgroups whatever the order."""
+    texts = code(variant["name"])
+    for function in functions(variant["name"]):
+        change = r"USETMAXREG\.(DEALLOC|TRY_ALLOC)\.CTAPOOL (?:UP\d, )?(0x\w+)"
+        changes = {
+            (how, int(n, 16)) for how, n in re.findall(change, texts["sm_90a", function.name])
+        }
+        if variant["pipeline"] == "sm90_2wg":
+            assert not changes, function
+            continue
+        (_, given), (_, taken) = sorted(changes)
+        assert given <= function.registers <= taken <= 240, function
+        consumers = variant["warps"] // 4 - 1
+        assert 128 * (given + consumers * taken) <= REGISTERS_PER_SM, function
+
+
+@each_variant("sm90_")
+def test_sm90_has_all_its_shared_memory_in_the_dynamic_part(variant: dict[str, Any]) -> None:
+    """Which then begins at an address that the swizzle needs; the first KB is the system's."""
+    found = re.findall(r"SHARED:(\d+)", cuobjdump(variant["name"], "-res-usage"))
+    assert len(found) == len(variant["dtypes"])
+    assert set(found) == {"1024"}

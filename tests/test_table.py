@@ -75,9 +75,8 @@ def test_limits_make_sense(variant: Variant) -> None:
 @each
 def test_shared_memory_fits_the_gpus_that_it_is_for(variant: Variant) -> None:
     assert 0 < variant.smem_bytes <= variant.smem_limit
-    kib = re.fullmatch(r"ampere_(\d+)k", variant.targets)
-    assert kib is not None
-    assert variant.smem_limit == int(kib[1]) * 1024
+    kib = {"ampere_163k": 163, "ampere_99k": 99, "hopper": 227}[variant.targets]
+    assert variant.smem_limit == kib * 1024
 
 
 @each
@@ -110,9 +109,23 @@ def test_images_are_of_the_table() -> None:
     assert set(_mla.images()) == {"plan", "combine", *(v.name for v in GPU_VARIANTS)}
 
 
+@each
+def test_architecture_is_that_of_the_pipeline(variant: Variant) -> None:
+    assert variant.pipeline.partition("_")[0] == f"sm{variant.min_sm}"
+    assert variant.exact_sm == (variant.targets == "hopper")
+
+
 @pytest.mark.parametrize("d_qk", D_V)
 @pytest.mark.parametrize("targets", ["ampere_163k", "ampere_99k"])
 def test_every_problem_has_its_tiles(d_qk: int, targets: str) -> None:
     rows = [v for v in GPU_VARIANTS if (v.pipeline, v.d_qk, v.targets) == ("sm80", d_qk, targets)]
     assert sorted(v.block_rows for v in rows) == [16, 32, 64]
     assert all(set(v.dtypes) == set(DTYPES.values()) for v in rows)
+
+
+@pytest.mark.parametrize("d_qk", D_V)
+@pytest.mark.parametrize("pipeline", ["sm90_2wg", "sm90_3wg"])
+def test_every_problem_has_its_hopper_tile(d_qk: int, pipeline: str) -> None:
+    (row,) = (v for v in GPU_VARIANTS if (v.pipeline, v.d_qk) == (pipeline, d_qk))
+    assert (row.targets, row.block_rows, row.block_n) == ("hopper", 64, 64)
+    assert set(row.dtypes) == set(DTYPES.values())

@@ -15,6 +15,7 @@ from .variants import Variant, variants
 _EXAMPLES = {
     "ampere_163k": "A100, A30, H100, H200, B200",
     "ampere_99k": "A10, A40, L4, L40S, RTX 30, 40 and 50 series",
+    "hopper": "H100, H200",
     "host": "-",
 }
 

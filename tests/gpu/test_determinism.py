@@ -44,6 +44,22 @@ def test_pages_may_lie_anywhere(row: Variant, device: torch.device) -> None:
     assert_same_bits(run(inputs, variant=row.name), first)
 
 
+@pytest.mark.parametrize("page_size", [32, 16, 8, 1])
+def test_pages_may_have_any_size(row: Variant, page_size: int, device: torch.device) -> None:
+    """The same tokens at the same addresses: however a pipeline fetches pages, it gets these."""
+    inputs = problem(row, "split", device)
+    first = clone(run(inputs, variant=row.name))
+    cache, table = inputs.kv_cache, inputs.block_table
+    assert isinstance(cache, torch.Tensor)
+    pages, whole, d_qk = cache.shape
+    part = torch.arange(whole // page_size, dtype=torch.int32, device=device)
+    valid = ((table >= 0) & (table < pages))[..., None]
+    parts = torch.where(valid, table.clamp(0, pages)[..., None] * len(part) + part, -1)
+    inputs.kv_cache = cache.view(-1, page_size, d_qk)
+    inputs.block_table = parts.flatten(1)
+    assert_same_bits(run(inputs, variant=row.name), first)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_scratch_memory_holds_nothing_that_matters(
     row: Variant, shape: str, device: torch.device

@@ -15,7 +15,7 @@ import torch
 from cases import Case, Inputs, make_problem
 from compare import check, reference
 from mla.variants import Variant
-from running import GPU_ROWS, NAN, assert_same_bits, clone, plan_for, run
+from running import NAN, assert_same_bits, clone, one_of_each, plan_for, run
 from torch import Tensor
 
 MOST = (4000, 300, 2000, 64, 1)  # KV tokens that the cache holds
@@ -114,9 +114,9 @@ def test_replays_follow_each_other(row: Variant, device: torch.device) -> None:
     assert_same_bits(result, run(inputs, variant=row.name))
 
 
-def test_a_graph_keeps_its_workspace(device: torch.device) -> None:
+@one_of_each
+def test_a_graph_keeps_its_workspace(row: Variant, device: torch.device) -> None:
     """Larger calls on the same stream, and other graphs, come between two replays."""
-    row = GPU_ROWS[0]
     inputs, other = problem(row, device), problem(row, device, seq_lens=(5000, 10), h_q=40)
     want, other_want = clone(run(inputs, variant=row.name)), clone(run(other, variant=row.name))
     graph, result = capture(lambda: run(inputs, variant=row.name))
@@ -134,9 +134,9 @@ def test_a_graph_keeps_its_workspace(device: torch.device) -> None:
             tensor.zero_()
 
 
-def test_two_calls_in_one_graph(device: torch.device) -> None:
+@one_of_each
+def test_two_calls_in_one_graph(row: Variant, device: torch.device) -> None:
     """As the layers of a model: the second call reads what the first wrote."""
-    row = GPU_ROWS[0]
     inputs = problem(row, device)
 
     def layers() -> Result:
@@ -172,9 +172,7 @@ print("replayed")
 @pytest.mark.parametrize(
     "before", ["", "import mla; mla.preload(variant='{name}')"], ids=["bare", "preloaded"]
 )
-@pytest.mark.parametrize(
-    "row", list({row.targets: row for row in reversed(GPU_ROWS)}.values()), ids=lambda row: row.name
-)
+@one_of_each
 def test_first_launch_inside_a_capture(row: Variant, before: str) -> None:
     """In a fresh process, so that images are loaded while the stream is being captured."""
     code = FRESH.format(d_qk=row.d_qk, name=row.name, before=before.format(name=row.name))

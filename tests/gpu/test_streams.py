@@ -12,7 +12,7 @@ import torch
 from cases import Case, Inputs, make_problem
 from compare import check, reference
 from mla.variants import Variant
-from running import GPU_ROWS, NAN, assert_same_bits, clone, plan_for, run
+from running import NAN, assert_same_bits, clone, one_of_each, plan_for, run
 from torch import Tensor
 
 CYCLES = 100_000_000  # of a sleeping kernel: tens of milliseconds
@@ -65,8 +65,8 @@ def test_does_not_wait_for_the_device(row: Variant, device: torch.device) -> Non
     torch.cuda.synchronize()
 
 
-def test_a_plan_does_not_wait_for_the_device(device: torch.device) -> None:
-    row = GPU_ROWS[0]
+@one_of_each
+def test_a_plan_does_not_wait_for_the_device(row: Variant, device: torch.device) -> None:
     inputs = problem(row, device)
 
     def step() -> None:
@@ -106,8 +106,8 @@ def test_two_streams_at_once(row: Variant, device: torch.device) -> None:
         assert_same_bits(result, wanted[which])
 
 
-def test_threads_with_streams_of_their_own(device: torch.device) -> None:
-    row = GPU_ROWS[0]
+@one_of_each
+def test_threads_with_streams_of_their_own(row: Variant, device: torch.device) -> None:
     inputs = problem(row, device)
     want = clone(run(inputs, variant=row.name))
     torch.cuda.synchronize()
@@ -125,9 +125,9 @@ def test_threads_with_streams_of_their_own(device: torch.device) -> None:
                 assert_same_bits(result, want)
 
 
-def test_threads_on_one_stream(device: torch.device) -> None:
+@one_of_each
+def test_threads_on_one_stream(row: Variant, device: torch.device) -> None:
     """Their launches share one workspace, so the launches of two calls must not mix."""
-    row = GPU_ROWS[0]
     problems = [problem(row, device), problem(row, device, seq_lens=(5000, 100), h_q=40)]
     wanted = [clone(run(inputs, variant=row.name)) for inputs in problems]
 
@@ -140,9 +140,9 @@ def test_threads_on_one_stream(device: torch.device) -> None:
                 assert_same_bits(result, wanted[i % 2])
 
 
-def test_thread_without_context(device: torch.device) -> None:
+@one_of_each
+def test_thread_without_context(row: Variant, device: torch.device) -> None:
     """In a new thread no context is current, and with all memory given torch makes none."""
-    row = GPU_ROWS[0]
     inputs = problem(row, device)
     want = clone(run(inputs, variant=row.name))
     out, lse = torch.full_like(want[0], NAN), torch.full(want[0].shape[:-1], NAN, device=device)

@@ -17,7 +17,7 @@ from cases import Case, Inputs, make_problem
 from compare import check, reference
 from device_plan import OVERLAPPING
 from mla.variants import Variant
-from running import GPU_ROWS, plan_for, run
+from running import GPU_ROWS, one_of_each, plan_for, run
 from torch import Tensor
 
 INT32_MAX, INT32_MIN = 2**31 - 1, -(2**31)
@@ -134,10 +134,10 @@ def test_overlapping_requests_are_harmless(row: Variant, name: str, device: torc
 
 @pytest.mark.parametrize("bounded", [True, False])
 @pytest.mark.parametrize("mistake", [m for m in MISTAKES if m.tensor == "seq_lens"], ids=str)
+@one_of_each
 def test_wrong_lengths_in_a_plan_are_harmless(
-    mistake: Mistake, bounded: bool, device: torch.device
+    row: Variant, mistake: Mistake, bounded: bool, device: torch.device
 ) -> None:
-    row = GPU_ROWS[0]
     inputs = problem(row, device)
     expected_out, expected_lse = reference(inputs)
     wrong = make(inputs, mistake)

@@ -1,0 +1,432 @@
+// MLA decode for sm_90: two warpgroups compute, a third one loads. One persistent CTA per SM.
+//
+// A CTA walks the pieces that the schedule gives it: a block of 64 packed query rows and a range of 64-token KV tiles each. Q stays in
+// shared memory for a piece; the tiles go round a ring that runs on from piece to piece.
+//
+//   loads    The third warpgroup: two warps fetch half of a tile's columns each, as soon as that half of the stage is free, by TMA;
+//            or copy half of its rows by cp.async, where pages have no usable boxes. Two warps fetch Q of the next piece once the
+//            last logits of this one are computed, and say what the piece is.
+//   logits   Tile j of a piece belongs to warpgroup j % 2, which computes S = Q K^T of all of it, the softmax, and P.
+//   values   Warpgroup w owns half w of O's columns, in registers, and adds P V of every tile: of its own tiles with P from registers,
+//            of the other's with P from shared memory.
+//
+// In the loop a warpgroup issues the logits of its tile and the values of the other's tile before it, computes the softmax while
+// the latter run, and then adds the values of its own tile. The running max passes to and fro with P. Schedule, budgets, barriers:
+// sm90_3wg.md.
+
+#include <cstddef>
+
+#include "../common/entry.cuh"
+#include "rows.cuh"
+
+namespace mla::sm90 {
+
+constexpr int kWarpgroupThreads = 128, kWarpgroupWarps = 4, kConsumers = 2;
+// 3 * 128 threads start with 168 each; these add up to as many.
+constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
+constexpr int kCopyWarps = 2;  // of the producer: that load KV, and as many that copy Q
+
+// Named barriers; 0 is __syncthreads.
+enum Barrier : int {
+  kPReady = 1,      // + warpgroup: it left P and the row max of its tile. Both warpgroups: one arrives, the other waits
+  kLogitsDone = 3,  // + warpgroup: all its warps have computed their logits. Its own threads
+  kSumsReady = 5,   // both left their row sums
+};
+
+template <class C>
+struct Smem {
+  uint8_t q[TileLayout<C>::q_bytes];
+  uint8_t tiles[C::stages][TileLayout<C>::bytes];
+  RowBlock block[2];                                  // by parity of the piece; no tiles: there is no more
+  float row_sum[2][kConsumers][C::block_rows];        // by parity of the piece
+  float row_max[kConsumers][C::block_rows];           // that the latest P of a warpgroup is relative to
+  uint64_t full[C::stages][TileLayout<C>::k_chunks];  // a chunk of the tile is there
+  uint64_t free[C::stages][kConsumers];  // a warpgroup is done with its half of the columns (and so with P or RoPE)
+  uint64_t landed[kConsumers];           // a half of the last tile of a request is there, but for its zeros
+  uint64_t q_full, q_free;
+};
+
+// A place in the ring, and the parity of the round.
+template <class C>
+struct RingPlace {
+  int stage = 0, parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == C::stages) stage = 0, parity ^= 1;
+  }
+};
+
+template <class C, int SmemBytes>
+__device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
+  using T = typename C::Element;
+  using L = TileLayout<C>;
+  constexpr uint32_t alignment = kSwizzleRows * kRowBytes;
+  static_assert(C::threads == (kConsumers + 1) * kWarpgroupThreads);
+  static_assert(sizeof(Smem<C>) + alignment == SmemBytes,
+                "the smem column of variants.inc must be sizeof(Smem) + what aligning it may take");
+  extern __shared__ __align__(1024) unsigned char smem_bytes[];
+  const uint32_t smem = (shared_address(smem_bytes) + alignment - 1) / alignment * alignment;
+  auto tile_at = [&](int stage) { return smem + static_cast<uint32_t>(offsetof(Smem<C>, tiles)) + stage * L::bytes; };
+  auto block_at = [&](int parity) {
+    return smem + static_cast<uint32_t>(offsetof(Smem<C>, block) + parity * sizeof(RowBlock));
+  };
+  auto row_sum_at = [&](int parity, int warpgroup, int row) {
+    return smem + static_cast<uint32_t>(offsetof(Smem<C>, row_sum)) +
+           ((parity * kConsumers + warpgroup) * C::block_rows + row) * 4;
+  };
+  auto row_max_at = [&](int warpgroup, int row) {
+    return smem + static_cast<uint32_t>(offsetof(Smem<C>, row_max)) + (warpgroup * C::block_rows + row) * 4;
+  };
+  auto full_at = [&](int stage, int chunk) {
+    return smem + static_cast<uint32_t>(offsetof(Smem<C>, full)) + (stage * L::k_chunks + chunk) * kMbarrierBytes;
+  };
+  auto free_at = [&](int stage, int half) {
+    return smem + static_cast<uint32_t>(offsetof(Smem<C>, free)) + (stage * kConsumers + half) * kMbarrierBytes;
+  };
+  auto landed_at = [&](int half) {
+    return smem + static_cast<uint32_t>(offsetof(Smem<C>, landed)) + half * kMbarrierBytes;
+  };
+  const uint32_t q_full = smem + offsetof(Smem<C>, q_full), q_free = smem + offsetof(Smem<C>, q_free);
+
+  const int warpgroup = warp_uniform(threadIdx.x / kWarpgroupThreads);
+  const int warp = warp_uniform(threadIdx.x % kWarpgroupThreads / 32), lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < C::stages; ++stage) {
+      for (int chunk = 0; chunk < L::k_chunks; ++chunk)
+        mbarrier_init(full_at(stage, chunk), has_boxes(p) ? 1 : kCopyWarps);
+      for (int half = 0; half < kConsumers; ++half) mbarrier_init(free_at(stage, half), kWarpgroupWarps);
+    }
+    for (int half = 0; half < kConsumers; ++half) mbarrier_init(landed_at(half), 1);
+    mbarrier_init(q_full, kCopyWarps);
+    mbarrier_init(q_free, kConsumers * kWarpgroupWarps);
+    fence_mbarrier_init();
+  }
+  __syncthreads();  // the mbarriers are there
+
+  if (warpgroup == kConsumers) {
+    lower_registers<kProducerRegisters>();
+    const schedule::PlanView plan = schedule::view(p.plan, p.num_workers);
+    const PlanWorker worker = plan.workers[blockIdx.x];
+    auto next_piece_at = [&](int index) {
+      return next_piece(p, plan.pieces, index, worker.end_piece, worker.member, C::block_rows);
+    };
+    auto block_of = [&](int index) { return make_row_block(p, plan.pieces[index], worker.member, C::block_rows); };
+    // The chunks of a half of the columns in the order in which the logits use them: those of the tile's owner come first, RoPE last.
+    auto half_of = [](int tile, int i) { return (tile + i) & 1; };
+    auto chunks_of = [](int i) { return L::half_chunks + (i == 1 ? L::k_chunks - L::v_chunks : 0); };
+    auto chunk_of = [](int half, int k) { return k < L::half_chunks ? half * L::half_chunks + k : L::last_chunk; };
+
+    // ---- KV by TMA: two warps, half of the columns each, and RoPE to whom the half is freed last ----
+
+    auto load_boxes_of_pieces = [&](int half) {
+      if (elect_lane()) {
+        prefetch_tensor_map(&p.latent_map);
+        if (L::rope > 0) prefetch_tensor_map(&p.rope_map);
+      }
+      RingPlace<C> at;
+      int landed_parity = 0;
+      for (int index = next_piece_at(worker.first_piece); index < worker.end_piece; index = next_piece_at(index + 1)) {
+        const RowBlock block = block_of(index);
+        const int request = warp_uniform(block.request), len = warp_uniform(block.len);
+        const int first_tile = warp_uniform(block.first_tile), num_tiles = warp_uniform(block.num_tiles);
+        Slot slot = box_slot(p, request, first_tile, len);
+        for (int tile = 0; tile < num_tiles; ++tile, at.advance()) {
+          const int tokens = tokens_of_tile(first_tile + tile, len);
+          const Boxes boxes = all_boxes(p, slot);
+          // Of the next tile: on its way while the stage of this one becomes free.
+          if (tile + 1 < num_tiles) slot = box_slot(p, request, first_tile + tile + 1, len);
+          const int first = half * L::half_chunks;
+          const bool with_rope = L::rope > 0 && tile % 2 != half;
+          mbarrier_wait(free_at(at.stage, half), at.parity ^ 1);  // pairs with release(), a round before
+          if (tokens == kTileTokens) {
+            auto load = [&](int chunk) {
+              mbarrier_arrive_expect(full_at(at.stage, chunk), kChunkBytes);
+              load_chunk<C>(p, tile_at(at.stage), chunk, boxes, kTileTokens, full_at(at.stage, chunk));
+            };
+            if (elect_lane()) {
+#pragma unroll
+              for (int k = 0; k < L::half_chunks; ++k) load(first + k);
+            }
+            if (with_rope) {
+              mbarrier_wait(free_at(at.stage, half ^ 1), at.parity ^ 1);  // P was in its place, for the other to read
+              if (elect_lane()) load(L::last_chunk);
+            }
+          } else {  // the end of the request: the values behind it become zeros before anybody sees the tile
+            if (with_rope) mbarrier_wait(free_at(at.stage, half ^ 1), at.parity ^ 1);
+            const int chunks = L::half_chunks + with_rope;
+            if (tokens > 0) {
+              if (elect_lane()) {
+                mbarrier_arrive_expect(landed_at(half), chunks * box_bytes(p, tokens));
+#pragma unroll 1
+                for (int k = 0; k < chunks; ++k)
+                  load_chunk<C>(p, tile_at(at.stage), chunk_of(half, k), boxes, tokens, landed_at(half));
+              }
+              mbarrier_wait(landed_at(half), landed_parity);
+              landed_parity ^= 1;
+            }
+            zero_rows(tile_at(at.stage) + first * kChunkBytes, L::half_chunks, tokens, lane, 32);
+            fence_proxy_async();
+            __syncwarp();  // all lanes have fenced their zeros
+            if (lane < chunks) mbarrier_arrive(full_at(at.stage, chunk_of(half, lane)));
+          }
+        }
+      }
+    };
+
+    // ---- KV by address: two warps, 32 rows of a tile each ----
+
+    auto copy_rows_of_pieces = [&] {
+      RingPlace<C> at;
+      RingPlace<C> copying;  // the half that was issued last and is not announced yet
+      int copying_half = 0, copying_chunks = 0;
+      // Copies are announced one half late, so that those of two halves overlap.
+      auto announce = [&] {
+        fence_proxy_async();
+        __syncwarp();  // all lanes have fenced their copies
+        if (lane < copying_chunks) mbarrier_arrive(full_at(copying.stage, chunk_of(copying_half, lane)));
+      };
+      for (int index = next_piece_at(worker.first_piece); index < worker.end_piece; index = next_piece_at(index + 1)) {
+        const RowBlock block = block_of(index);
+        auto slot_of_lane = [&](int tile) {
+          return slot_of(p, block.request, (block.first_tile + tile) * kTileTokens + warp * 32 + lane, block.len);
+        };
+        Slot slot = slot_of_lane(0);
+        for (int tile = 0; tile < block.num_tiles; ++tile, at.advance()) {
+          const RowAddress row = row_address(p, slot);
+          if (tile + 1 < block.num_tiles) slot = slot_of_lane(tile + 1);
+          for (int i = 0; i < 2; ++i) {
+            const int half = half_of(tile, i);
+            if (!__all_sync(0xffffffffu, mbarrier_test(free_at(at.stage, half), at.parity ^ 1))) {
+              cp_async_wait<0>();  // who frees this half may first need what is in flight
+              announce();
+              copying_chunks = 0;
+              mbarrier_wait(free_at(at.stage, half), at.parity ^ 1);  // pairs with release(), a round before
+            }
+            for (int k = 0; k < chunks_of(i); ++k) copy_rows<C>(tile_at(at.stage), chunk_of(half, k), warp * 32, row);
+            cp_async_commit();
+            cp_async_wait<1>();
+            announce();
+            copying = at, copying_half = half, copying_chunks = chunks_of(i);
+          }
+        }
+      }
+      cp_async_wait<0>();
+      announce();
+    };
+
+    // ---- Q, and what the piece is ----
+
+    auto copy_q_of_pieces = [&] {
+      int parity = 0;  // of the piece
+      for (int index = next_piece_at(worker.first_piece);; index = next_piece_at(index + 1), parity ^= 1) {
+        const bool more = index < worker.end_piece;
+        const RowBlock block = more ? block_of(index) : RowBlock{};
+        mbarrier_wait(q_free, parity ^ 1);  // nobody reads Q any more, nor the block before the last
+        if (more) copy_q<C>(p, block, smem, threadIdx.x % (32 * kCopyWarps), 32 * kCopyWarps);
+        if (warp == kCopyWarps && lane == 0) store_shared_struct(block_at(parity), block);
+        cp_async_commit();
+        cp_async_wait<0>();
+        fence_proxy_async();
+        __syncwarp();  // all lanes have fenced their copies
+        if (lane == 0) mbarrier_arrive(q_full);
+        if (!more) break;
+      }
+    };
+
+    if (warp >= kCopyWarps) copy_q_of_pieces();
+    else if (has_boxes(p)) load_boxes_of_pieces(warp);
+    else copy_rows_of_pieces();
+  } else {
+    raise_registers<kConsumerRegisters>();
+    const int quad = lane / 4, pair = lane % 4 * 2, row = warp * 16 + quad;  // rows `row` and `row` + 8
+    const uint64_t q_operand = k_major(smem), k_operand = k_major(tile_at(0));
+    const uint64_t p_operand = k_major(tile_at(0) + L::last_chunk * kChunkBytes);
+    const uint64_t v_operand = mn_major(tile_at(0) + warpgroup * L::half_chunks * kChunkBytes);
+    auto stage_step = [](int stage) { return static_cast<uint64_t>(stage * (L::bytes >> 4)); };
+
+    float s[32], o[L::o_registers];
+    uint32_t own_p[4][4];
+    float max[2], sum[2], factor[2];
+    RingPlace<C> at;  // of the tile whose values are next
+
+    auto issue_logits = [&](RingPlace<C> of) {
+#pragma unroll
+      for (int i = 0; i < 3; ++i) {  // own half of the columns, other half, RoPE
+        if (i == 2 && L::rope == 0) break;
+        const int first = i == 2 ? L::last_chunk : (warpgroup ^ i) * L::half_chunks;
+        const uint64_t a = pinned(q_operand + static_cast<uint64_t>(first * (kChunkBytes >> 4)));
+        const uint64_t b = pinned(k_operand + stage_step(of.stage) + static_cast<uint64_t>(first * (kChunkBytes >> 4)));
+#pragma unroll
+        for (int chunk = 0; chunk < (i == 2 ? 1 : L::half_chunks); ++chunk) {
+          mbarrier_wait(full_at(of.stage, first + chunk), of.parity);  // pairs with the producer's loads and arrivals
+          wgmma_fence();
+#pragma unroll
+          for (int k = 0; k < L::k_steps(i == 2 ? L::last_chunk : 0); ++k) {
+            const uint64_t step = chunk * kChunkStep + k * kColumnStep;
+            if (i == 0 && chunk == 0 && k == 0) wgmma_qk<T, false>(s, a + step, b + step);
+            else wgmma_qk<T, true>(s, a + step, b + step);
+          }
+        }
+      }
+      wgmma_commit();
+    };
+    auto issue_values_of_other = [&](int stage) {
+      const uint64_t a = pinned(p_operand + stage_step(stage)), b = pinned(v_operand + stage_step(stage));
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) wgmma_pv<T>(o, a + k * kColumnStep, b + k * kTokenStep);
+      wgmma_commit();
+    };
+    auto issue_own_values = [&](int stage) {
+      const uint64_t b = pinned(v_operand + stage_step(stage));
+      wgmma_fence();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) wgmma_pv<T>(o, own_p[k], b + k * kTokenStep);
+      wgmma_commit();
+    };
+    auto arrive = [&](uint32_t mbarrier) {  // of this warp, once its wgmmas are done
+      if (lane == 0) mbarrier_arrive(mbarrier);
+    };
+    auto release = [&](int stage) {
+      arrive(free_at(stage, warpgroup));
+    };  // pairs with the producer's wait, a round later
+    // Waits for the other's P; the sums and O are relative to its max from here on.
+    auto take_max = [&] {
+      named_barrier_sync(kPReady + (warpgroup ^ 1),
+                         kConsumers * kWarpgroupThreads);  // pairs with the arrival in hand_over
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float raised = load_shared(row_max_at(warpgroup ^ 1, row + half * 8));
+        factor[half] = exp2_fast(max[half] - raised);
+        max[half] = raised;
+        sum[half] *= factor[half];
+      }
+    };
+    // Logits become P, in registers and, with the max, in shared memory for the other.
+    auto hand_over = [&](int stage) {
+      float tile_max[2];
+      row_max(s, tile_max);
+      named_barrier_sync(kLogitsDone + warpgroup,
+                         kWarpgroupThreads);  // with itself: all warps have read RoPE, P takes its place
+      raise_max(max, tile_max, factor);
+      exp2_rows(s, max, factor, sum);
+      pack_p<T>(s, own_p);
+      const uint32_t to = tile_at(stage) + L::last_chunk * kChunkBytes;
+#pragma unroll
+      for (int k = 0; k < 4; ++k) stmatrix_x4(to + swizzled(warp * 16 + lane % 16, k * 2 + lane / 16), own_p[k]);
+      if (lane % 4 == 0) {
+        store_shared(row_max_at(warpgroup, row), max[0]);
+        store_shared(row_max_at(warpgroup, row + 8), max[1]);
+      }
+      fence_proxy_async();
+      named_barrier_arrive(kPReady + warpgroup, kConsumers * kWarpgroupThreads);  // pairs with the other's take_max
+    };
+
+#pragma unroll 1
+    for (int parity = 0;; parity ^= 1) {  // of the piece
+      mbarrier_wait(q_full, parity);      // pairs with copy_q_of_pieces
+      int num_tiles, unmasked_tiles, visible[2];
+      {
+        RowBlock block;
+        load_shared_struct(block, block_at(parity));
+        num_tiles = warp_uniform(block.num_tiles);
+        unmasked_tiles = warp_uniform(block.unmasked_tiles);
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          visible[half] = visible_tokens(p, block, row + half * 8) - block.first_tile * kTileTokens - pair;
+      }
+      if (num_tiles == 0) break;
+#pragma unroll
+      for (int i = 0; i < L::o_registers; ++i) o[i] = 0.f;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) max[half] = kNoMax, sum[half] = 0.f, factor[half] = 1.f;
+
+      auto finish_logits = [&](int tile) {          // behind the wait for them
+        if (tile + 2 >= num_tiles) arrive(q_free);  // pairs with copy_q_of_pieces
+        scale_logits(s, p.scale_log2);
+        if (tile >= unmasked_tiles) {
+          const int seen[2] = {visible[0] - tile * kTileTokens, visible[1] - tile * kTileTokens};
+          mask_tail(s, seen);
+        }
+      };
+      auto add_own_values = [&](int stage) {
+        rescale_rows(o, factor);
+        pin(o);
+        issue_own_values(stage);
+        wgmma_wait<0>();
+        pin(o);
+        release(stage);
+      };
+
+      int tile = warpgroup;
+      if (warpgroup == 0) {  // the first tile has none before it
+        pin(s);
+        issue_logits(at);
+        wgmma_wait<0>();
+        pin(s);
+        finish_logits(0);
+        hand_over(at.stage);
+        add_own_values(at.stage);
+        at.advance();
+        tile = 2;
+      } else if (num_tiles == 1) {
+        arrive(q_free);
+      }
+#pragma unroll 1
+      for (; tile < num_tiles; tile += 2) {
+        const int other_stage = at.stage;
+        at.advance();
+        take_max();
+        rescale_rows(o, factor);
+        pin(o);
+        pin(s);
+        issue_logits(at);
+        issue_values_of_other(other_stage);
+        wgmma_wait<1>();  // the logits
+        pin(s);
+        finish_logits(tile);
+        hand_over(at.stage);
+        wgmma_wait<0>();  // the values
+        pin(o);
+        release(other_stage);
+        add_own_values(at.stage);
+        at.advance();
+      }
+      if (tile - 1 < num_tiles) {  // the last tile is the other's
+        take_max();
+        rescale_rows(o, factor);
+        pin(o);
+        issue_values_of_other(at.stage);
+        wgmma_wait<0>();
+        pin(o);
+        release(at.stage);
+        at.advance();
+      }
+
+      // ---- the results; both warpgroups hold the last max ----
+
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        sum[half] = lanes_sum<4>(sum[half]);
+        if (lane % 4 == 0) store_shared(row_sum_at(parity, warpgroup, row + half * 8), sum[half]);
+      }
+      named_barrier_sync(kSumsReady, kConsumers * kWarpgroupThreads);  // with the other
+      RowBlock block;
+      load_shared_struct(block, block_at(parity));
+      const bool partial = warp_uniform(block.partial_slot) >= 0;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int block_row = row + half * 8, column = warpgroup * (C::d_v / 2) + pair;
+        const float total = sum[half] + load_shared(row_sum_at(parity, warpgroup ^ 1, block_row));
+        const float scale = total == 0.f ? 0.f : 1.f / total;
+        if (partial) store_partial_16<C>(p, block, block_row, column, o, half, scale);
+        else store_output_16<T>(p, block, block_row, column, o, half, scale);
+        if (warpgroup == 0 && lane % 4 == 0 && block_row < block.num_rows)
+          store_lse<C>(p, block, block_row, lse2_of(max[half], total));
+      }
+    }
+  }
+}
+
+}  // namespace mla::sm90
+
+MLA_ENTRIES(mla::sm90::decode_3wg)

@@ -1,0 +1,168 @@
+// KV tiles and Q in shared memory: layout, descriptors for wgmma, and the ways by which KV gets there.
+//
+// Everything is in chunks of 64 columns: [64 rows][128 bytes], 8 KB, aligned to 1024, the eight 16-byte units of row r permuted by
+// XOR with r % 8 (TMA's 128-byte swizzle). A tile of 64 tokens is d_v / 64 such chunks of the latent and one more: the RoPE columns,
+// and, once the logits of the tile are computed, P[64 rows][64 tokens] in the same layout. Without RoPE columns it is P's alone.
+#pragma once
+
+#include "../common/math.cuh"
+#include "ptx.cuh"
+
+namespace mla::sm90 {
+
+constexpr int kTileTokens = 64, kChunkColumns = 64;
+constexpr int kRowBytes = 2 * kChunkColumns, kChunkBytes = kTileTokens * kRowBytes;
+constexpr int kSwizzleRows = 8;  // after which the permutation repeats: 1024 bytes
+
+template <class C>
+struct TileLayout {
+  static constexpr int rope = C::d_qk - C::d_v;                   // columns: 64, 32 or none
+  static constexpr int v_chunks = C::d_v / kChunkColumns;         // of the latent
+  static constexpr int half_chunks = v_chunks / 2;                // of the half of O's columns that a warpgroup owns
+  static constexpr int k_chunks = v_chunks + (rope > 0 ? 1 : 0);  // that are loaded, and of Q
+  static constexpr int last_chunk = v_chunks;                     // RoPE, then P
+  static constexpr int bytes = (v_chunks + 1) * kChunkBytes, q_bytes = k_chunks * kChunkBytes;
+  static constexpr int o_registers = C::d_v / 4;  // of a thread, for 64 rows of half of the columns
+
+  __host__ __device__ static constexpr int columns(int chunk) { return chunk < v_chunks ? kChunkColumns : rope; }
+  __host__ __device__ static constexpr int k_steps(int chunk) { return columns(chunk) / 16; }
+  static_assert(C::block_rows == 64 && C::block_n == kTileTokens && C::d_v % (2 * kChunkColumns) == 0 && rope >= 0 &&
+                rope <= kChunkColumns && rope % 16 == 0);
+};
+
+// Byte of 16-byte unit `unit` of row `row` in a chunk.
+__device__ __forceinline__ int swizzled(int row, int unit) {
+  return row * kRowBytes + ((unit ^ row % kSwizzleRows) << 4);
+}
+
+// ---- descriptors: 16-byte units throughout, so that offsets are added to the whole ----
+
+__host__ __device__ constexpr uint64_t descriptor_step(int bytes) { return static_cast<uint64_t>(bytes >> 4); }
+
+// Address, distance of neighbouring 64-column chunks (MN-major operands only), distance of neighbouring groups of 8 rows; 128-byte
+// swizzle.
+__device__ __forceinline__ uint64_t descriptor(uint32_t address, int chunk_stride) {
+  return descriptor_step(address & 0x3ffff) | descriptor_step(chunk_stride) << 16 |
+         descriptor_step(kSwizzleRows * kRowBytes) << 32 | uint64_t{1} << 62;
+}
+// K-major: Q, K and P, a k-step being 16 columns of a row.
+__device__ __forceinline__ uint64_t k_major(uint32_t chunk) { return descriptor(chunk, 16); }
+constexpr uint64_t kColumnStep = descriptor_step(16 * 2);
+// MN-major: V, a k-step being 16 tokens.
+__device__ __forceinline__ uint64_t mn_major(uint32_t chunk) { return descriptor(chunk, kChunkBytes); }
+constexpr uint64_t kTokenStep = descriptor_step(16 * kRowBytes);
+constexpr uint64_t kChunkStep = descriptor_step(kChunkBytes);
+
+// ---- where tokens are ----
+
+// How many of a tile's tokens the request has.
+__device__ __forceinline__ int tokens_of_tile(int tile, int len) {
+  // ptxas 12.9 and 13.0 make one instruction of two signed bounds and a comparison with kTileTokens (VIMNMX.RELU with a
+  // predicate), and with it requests without KV hang, as if no tokens were a whole tile. An unsigned bound stays apart.
+  return static_cast<int>(
+      min(static_cast<uint32_t>(max(len - tile * kTileTokens, 0)), static_cast<uint32_t>(kTileTokens)));
+}
+
+struct Slot {
+  int page, index;  // row of the cache, the page as the block table has it; index -1: behind the request's end
+};
+// Entries of the block table behind the request's end are not read.
+__device__ __forceinline__ Slot slot_of(const DecodeParams& p, int request, int token, int len) {
+  if (token >= len) return {0, -1};
+  const int entry = divide(token, p.by_page_size);
+  return {p.block_table[request * p.block_table_stride + entry], token - entry * p.page_size};
+}
+// Whatever the block table says, the page is in the pool. Clamped where it is used, as a look-up is waited for there and not before.
+__device__ __forceinline__ int pool_page(const DecodeParams& p, Slot slot) {
+  return min(max(slot.page, 0), p.num_pages - 1);
+}
+
+// ---- loading by TMA, in boxes of `box_rows` tokens of a chunk ----
+
+// Smaller boxes are left to the copies by address.
+constexpr int kMinBoxRows = 16, kMaxBoxes = kTileTokens / kMinBoxRows;
+__device__ __forceinline__ bool has_boxes(const DecodeParams& p) { return p.box_rows >= kMinBoxRows; }
+
+// Lane i of a warp has box i of a tile; boxes that begin behind the request's end do not exist.
+__device__ __forceinline__ Slot box_slot(const DecodeParams& p, int request, int tile, int len) {
+  const int first = static_cast<int>(threadIdx.x % 32) * p.box_rows;
+  return first < kTileTokens ? slot_of(p, request, tile * kTileTokens + first, len) : Slot{0, -1};
+}
+// Bytes that arrive of a chunk whose request has `tokens` of the tile: whole boxes.
+__device__ __forceinline__ int box_bytes(const DecodeParams& p, int tokens) {
+  return ((tokens + p.box_rows - 1) & -p.box_rows) * kRowBytes;
+}
+// All boxes are issued by an elected lane: a TMA instruction is given uniform registers, and ptxas makes a loop of one that each lane
+// gives its own.
+struct Boxes {
+  int page[kMaxBoxes], index[kMaxBoxes];
+};
+// From box_slot(), by a whole warp.
+__device__ __forceinline__ Boxes all_boxes(const DecodeParams& p, Slot slot) {
+  Boxes boxes;
+#pragma unroll
+  for (int i = 0; i < kMaxBoxes; ++i) {
+    boxes.page[i] = __shfl_sync(0xffffffffu, pool_page(p, slot), i);
+    boxes.index[i] = __shfl_sync(0xffffffffu, slot.index, i);
+  }
+  return boxes;
+}
+// The boxes of a chunk that begin in the tile's first `tokens`. The bytes count on `barrier`, which must expect box_bytes().
+template <class C>
+__device__ __forceinline__ void load_chunk(const DecodeParams& p, uint32_t tile_at, int chunk, const Boxes& boxes,
+                                           int tokens, uint32_t barrier) {
+  const bool latent = chunk < TileLayout<C>::v_chunks;
+#pragma unroll
+  for (int i = 0; i < kMaxBoxes; ++i) {
+    if (i * p.box_rows >= tokens) break;
+    tma_load_3d(tile_at + chunk * kChunkBytes + i * p.box_rows * kRowBytes, latent ? &p.latent_map : &p.rope_map,
+                latent ? chunk * kChunkColumns : 0, boxes.index[i], boxes.page[i], barrier);
+  }
+}
+
+// ---- loading by address, row by row: a warp copies 32 rows, of which its lanes have an address each ----
+
+struct RowAddress {
+  const uint16_t *latent, *rope;
+  bool exists;
+};
+__device__ __forceinline__ RowAddress row_address(const DecodeParams& p, Slot slot) {
+  RowAddress row{static_cast<const uint16_t*>(p.latent), static_cast<const uint16_t*>(p.rope), slot.index >= 0};
+  if (row.exists) {
+    const int page = pool_page(p, slot);
+    row.latent += page * p.latent_strides.page + slot.index * p.latent_strides.token;
+    row.rope += page * p.rope_strides.page + slot.index * p.rope_strides.token;
+  }
+  return row;
+}
+// By a whole warp: rows [first_row, first_row + 32) of a chunk, 8 lanes a row, by cp.async; zeros for rows that do not exist. To be
+// waited for, and fenced for wgmma, by every lane.
+template <class C>
+__device__ __forceinline__ void copy_rows(uint32_t tile_at, int chunk, int first_row, RowAddress row) {
+  using L = TileLayout<C>;
+  const int lane = threadIdx.x % 32, unit = lane % 8;
+  const bool latent = chunk < L::v_chunks;
+  const auto from = reinterpret_cast<uint64_t>(latent ? row.latent + chunk * kChunkColumns : row.rope);
+  const bool has_unit = latent || unit * 8 < L::rope;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int of_lane = i * 4 + lane / 8;
+    const uint64_t row_from = __shfl_sync(0xffffffffu, from, of_lane);
+    const bool exists = __shfl_sync(0xffffffffu, row.exists, of_lane);
+    const uint32_t to = tile_at + chunk * kChunkBytes + swizzled(first_row + of_lane, unit);
+    if (has_unit) cp_async_16(to, reinterpret_cast<const uint16_t*>(row_from) + unit * 8, exists);
+  }
+}
+
+// ---- the end of a request ----
+
+// Zeroes the rows from `first_row` on in `num_chunks` chunks, by `num_threads` threads: 0 * NaN would reach O. They have to have
+// landed; fence_proxy_async and a barrier go between this and wgmma.
+__device__ __forceinline__ void zero_rows(uint32_t first_chunk, int num_chunks, int first_row, int thread,
+                                          int num_threads) {
+  for (int chunk = 0; chunk < num_chunks; ++chunk)
+    for (int at = first_row * kRowBytes + thread * 16; at < kChunkBytes; at += num_threads * 16)
+      store_shared_zeros_16(first_chunk + chunk * kChunkBytes + at);
+}
+
+}  // namespace mla::sm90
