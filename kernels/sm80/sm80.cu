@@ -12,8 +12,9 @@
 //            whole piece, so K is the only operand read from shared memory. It leaves its partial logits in shared memory.
 //   softmax  128 / rows neighbouring threads own a row: they add the partial logits, mask, keep the running max and sum, and
 //            leave P in shared memory in 16 bits.
-//   values   O[rows, d_v] += P V. Each warp owns a quarter of the columns, in registers. Between its steps, the group's share of
-//            a later tile is copied to the stage that was left last.
+//   values   O[rows, d_v] += P V. Each warp owns a quarter of the columns, in registers.
+//
+// Between the steps of the logits or the values, the group's share of a later tile is copied to the stage that was left last.
 //
 // Rows in shared memory are padded by 16 bytes: an odd number of 16-byte chunks puts the eight rows of an ldmatrix in eight
 // different bank groups, with no address arithmetic. Schedule, budgets and what was tried: sm80.md.
@@ -24,96 +25,9 @@
 #include "../common/math.cuh"
 #include "../common/schedule.h"
 #include "ptx.cuh"
+#include "shape.cuh"
 
 namespace mla::sm80 {
-
-template <class C>
-struct Shape {
-  static constexpr int groups = 2, group_warps = 4, group_threads = 32 * group_warps;
-  static constexpr int tile_groups = C::block_rows == 16 ? 2 : 1;  // groups that take tiles in turn
-  static constexpr int row_groups = groups / tile_groups;          // groups that have different rows of the same tiles
-  static constexpr int group_rows = C::block_rows / row_groups;
-  static constexpr int row_tiles = group_rows / 16;
-  static constexpr int ring_stages =
-      C::stages / tile_groups;  // groups with tiles of their own have a ring of their own
-  static constexpr int ring_warps = C::warps / tile_groups;
-
-  // Logits: 16 columns a k-step.
-  static constexpr int k_steps = C::d_qk / 16, warp_k_steps = (k_steps + group_warps - 1) / group_warps;
-  static constexpr bool tight = row_tiles == 2 && C::d_v > 256;                    // O and Q fill the registers
-  static constexpr int pass_tokens = row_tiles == 2 || C::block_n < 32 ? 16 : 32;  // at a time
-  // Independent sums over the columns of d_qk, as an mma waits for the one before.
-  static constexpr int logit_chains = row_tiles * pass_tokens / 8 < 4 ? 2 : 1;
-
-  static constexpr int row_threads = group_threads / group_rows;  // softmax threads per row
-  static constexpr int row_tokens = C::block_n / row_threads;     // logits per softmax thread
-  static constexpr int warp_v = C::d_v / group_warps;             // columns of O that a warp owns
-
-  static constexpr int load_rows = C::block_n / row_groups;              // rows of a tile that a group copies
-  static constexpr int copy_threads = group_threads / load_rows;         // threads per row
-  static constexpr int address_rows = 64;                                // KV rows that a group looks up at once
-  static constexpr int row_chunks = C::d_qk / 8, v_chunks = C::d_v / 8;  // of 16 bytes
-  static constexpr int latent_copies = v_chunks / copy_threads;          // per thread and tile
-  static constexpr int rope_copies = (row_chunks - v_chunks + copy_threads - 1) / copy_threads;
-
-  static_assert(C::warps == groups * group_warps && C::stages % tile_groups == 0 && ring_stages >= 2);
-  static_assert(C::block_n % pass_tokens == 0 && warp_v % 16 == 0 && v_chunks % copy_threads == 0 && row_threads <= 32);
-  static_assert(C::d_v % (16 * group_warps) == 0 && address_rows % load_rows == 0 && address_rows <= group_threads);
-};
-
-// What this thread's index means to each step.
-template <class C>
-struct Place {
-  using S = Shape<C>;
-  unsigned thread;
-
-  __device__ __forceinline__ int lane() const { return thread % 32; }
-  __device__ __forceinline__ int group() const { return thread / S::group_threads; }
-  __device__ __forceinline__ int warp() const { return thread / 32 % S::group_warps; }  // of the group
-  __device__ __forceinline__ int member() const { return thread % S::group_threads; }
-  __device__ __forceinline__ int tile_group() const { return S::tile_groups > 1 ? group() : 0; }
-  __device__ __forceinline__ int row_group() const { return S::row_groups > 1 ? group() : 0; }
-  // mma fragments: rows quad and quad + 8, columns pair and pair + 1
-  __device__ __forceinline__ int quad() const { return thread % 32 / 4; }
-  __device__ __forceinline__ int pair() const { return thread % 4 * 2; }
-  // softmax: the row of the group, and which of its tokens
-  __device__ __forceinline__ int soft_row() const { return thread % S::group_threads / S::row_threads; }
-  __device__ __forceinline__ int soft_lane() const { return thread % S::row_threads; }
-  // loads: which of the tile's rows that the group copies, and which of its chunks
-  __device__ __forceinline__ int copy_row() const { return thread % S::group_threads / S::copy_threads; }
-  __device__ __forceinline__ int copy_chunk() const { return thread % S::copy_threads; }
-};
-
-// Where a KV row lies in memory; latent == nullptr: past the end of the request.
-struct alignas(16) RowAddress {
-  const uint16_t *latent, *rope;
-};
-
-// The tiles whose row addresses a group looks up next: piece, first of them and last of the piece, its request.
-struct alignas(16) Cursor {
-  int index, tile, end_tile;
-  int request, len;
-  int unused[3];
-};
-
-template <class C>
-struct Smem {
-  using S = Shape<C>;
-  uint16_t kv[C::stages][C::block_n][C::d_qk + 8];
-  struct alignas(128) Group {
-    float logits[S::group_warps][S::group_rows][C::block_n];  // partial, by warp; see logits_at
-    uint16_t p[S::group_rows][C::block_n + 8];
-    float rescale[S::group_rows];                          // what O must be multiplied by before P V is added
-    int rescale_tile;                                      // `tiles` of the last tile for which any of them was not 1
-    float row_max[S::group_rows], row_sum[S::group_rows];  // at the end of a piece
-    int given_stage;                                       // where the half of O lies that the group gives away
-    RowAddress addresses[S::address_rows];                 // of the rows to be loaded next
-    Cursor cursor;
-    int piece_index[S::group_warps];                   // each warp's, as registers are short in the loop
-    float parked[S::tight ? 3 : 0][S::group_threads];  // each thread's part of the softmax, likewise
-  } groups[S::groups];
-  uint64_t full[C::stages], empty[C::stages];  // mbarriers: a tile has landed, a tile has been read
-};
 
 template <class C, int SmemBytes>
 __device__ __forceinline__ void decode(const DecodeParams& p) {
@@ -156,10 +70,16 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
   // Among the threads of a group.
   auto group_barrier = [&] { barrier_sync(1 + me.group(), S::group_threads); };
 
-  const schedule::PlanView plan = schedule::view(p.plan, p.num_workers);
-  auto worker = [&] {  // read anew each time: no registers are spent on it in the loop
+  // The plan is found anew each time: no registers are spent on it in the loop.
+  auto plan = [&] {
+    int num_workers = p.num_workers;
+    asm volatile("" : "+r"(num_workers));
+    return schedule::view(p.plan, num_workers);
+  };
+  auto pieces = [&] { return plan().pieces; };
+  auto worker = [&] {
     uint32_t words[4];
-    load_global(words, &plan.workers[blockIdx.x]);
+    load_global(words, &plan().workers[blockIdx.x]);
     return PlanWorker{static_cast<int>(words[0]), static_cast<int>(words[1]), static_cast<int>(words[2]), 0};
   };
 
@@ -172,8 +92,8 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
   // The worker's next piece at or after number `index` of which tile number `tile` and a row of this block exist, or end_piece.
   auto next_piece_at = [&](int index, int tile) {
     const int end_piece = worker().end_piece;
-    while (index < end_piece && (num_rows_of(plan.pieces[index]) <= 0 ||
-                                 plan.pieces[index].first_tile + tile >= plan.pieces[index].end_tile))
+    while (index < end_piece &&
+           (num_rows_of(pieces()[index]) <= 0 || pieces()[index].first_tile + tile >= pieces()[index].end_tile))
       ++index;
     return warp_uniform(index);
   };
@@ -187,7 +107,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
     Cursor cursor{};
     cursor.index = next_piece_at(index, me.tile_group());
     if (cursor.index < worker().end_piece) {
-      const Piece& piece = plan.pieces[cursor.index];
+      const Piece& piece = pieces()[cursor.index];
       cursor.tile = piece.first_tile + me.tile_group();
       cursor.end_tile = piece.end_tile;
       cursor.request = piece.request;
@@ -244,14 +164,14 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
     return copy;
   };
   auto copy_part = [&](const Copy& copy, auto part) {
-    constexpr int step = S::copy_threads * 16, i = part.value - S::latent_copies;
+    constexpr int step = S::copy_threads * 16, i = part.value - S::rope_copies;
     const bool exists = copy.row.latent != nullptr;  // if not, zeros: whatever lies there, NaN too, must not reach O
-    if constexpr (i < 0) {
-      cp_async_16<part.value * step>(copy.to, copy.row.latent + me.copy_chunk() * 8, exists);
-    } else {
-      constexpr int left = S::row_chunks - S::v_chunks - i * S::copy_threads;
+    if constexpr (i >= 0) {
+      cp_async_16<i * step>(copy.to, copy.row.latent + me.copy_chunk() * 8, exists);
+    } else {  // RoPE first, as its address is of no use afterwards
+      constexpr int left = S::row_chunks - S::v_chunks - part.value * S::copy_threads;
       if (left >= S::copy_threads || me.copy_chunk() < left)
-        cp_async_16<i * step>(copy.to + S::v_chunks * 16, copy.row.rope + me.copy_chunk() * 8, exists);
+        cp_async_16<part.value * step>(copy.to + S::v_chunks * 16, copy.row.rope + me.copy_chunk() * 8, exists);
     }
   };
   constexpr int copy_parts = S::latent_copies + S::rope_copies;
@@ -294,28 +214,30 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
 
   // ---- logits: the group's rows x the tile's tokens, summed over this warp's columns ----
 
-  auto compute_logits = [&](int stage) {
+  constexpr int logit_steps = C::block_n / S::pass_tokens * S::warp_k_steps;
+  auto compute_logits = [&](int stage, auto beside) {
     const uint32_t k_tile =
         kv_at(stage, me.thread % 8 + me.thread / 16 % 2 * 8, me.warp() * 16 + me.thread / 8 % 2 * 8);
     const uint32_t to = logits_at(me.warp(), me.quad(), me.pair());
-#pragma unroll
-    for (int first_token = 0; first_token < C::block_n; first_token += S::pass_tokens) {
+    unrolled<C::block_n / S::pass_tokens>([&](auto pass) {
+      constexpr int first_token = pass.value * S::pass_tokens;
       float s[S::logit_chains][S::row_tiles][S::pass_tokens / 8][4] = {};
+      unrolled<S::warp_k_steps>([&](auto k) {
+        if (has_k_step(k.value)) {
+          auto& chain = s[k.value % S::logit_chains];
 #pragma unroll
-      for (int k = 0; k < S::warp_k_steps; ++k) {
-        if (!has_k_step(k)) break;
-        auto& chain = s[k % S::logit_chains];
+          for (int n = 0; n < S::pass_tokens / 16; ++n) {
+            uint32_t b[4];
+            ldmatrix_x4(b, k_tile + (first_token + n * 16) * kv_row + k.value * S::group_warps * 32);
 #pragma unroll
-        for (int n = 0; n < S::pass_tokens / 16; ++n) {
-          uint32_t b[4];
-          ldmatrix_x4(b, k_tile + (first_token + n * 16) * kv_row + k * S::group_warps * 32);
-#pragma unroll
-          for (int m = 0; m < S::row_tiles; ++m) {
-            mma_16x8x16<T>(chain[m][2 * n], q[m][k], b[0], b[1]);
-            mma_16x8x16<T>(chain[m][2 * n + 1], q[m][k], b[2], b[3]);
+            for (int m = 0; m < S::row_tiles; ++m) {
+              mma_16x8x16<T>(chain[m][2 * n], q[m][k.value], b[0], b[1]);
+              mma_16x8x16<T>(chain[m][2 * n + 1], q[m][k.value], b[2], b[3]);
+            }
           }
         }
-      }
+        beside(Index<pass.value * S::warp_k_steps + k.value>{});
+      });
 #pragma unroll
       for (int m = 0; m < S::row_tiles; ++m)
 #pragma unroll
@@ -328,7 +250,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
           store_shared(tile, s[0][m][n][0], s[0][m][n][1]);
           store_shared(tile + 8 * logits_row, s[0][m][n][2], s[0][m][n][3]);
         }
-    }
+    });
   };
 
   // ---- softmax: neighbouring threads own a row ----
@@ -595,17 +517,19 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
   __syncthreads();  // the mbarriers are there
   if (me.warp() == 0) move_cursor(index);
   group_barrier();  // the cursor is there
+  auto look_up_at_once = [&] {
+    const Lookup row = look_up();
+    group_barrier();  // the addresses and the cursor before have been read
+    write_address(row);
+    group_barrier();  // the addresses and the cursor are there
+  };
+  look_up_at_once();
 #pragma unroll 1
   for (int stage = 0; stage < S::ring_stages - 1; ++stage) {
-    if (addressed == 0) {
-      const Lookup row = look_up();
-      group_barrier();  // the addresses and the cursor before have been read
-      write_address(row);
-      group_barrier();  // the addresses and the cursor are there
-    }
     const Copy copy = begin_copy(stage);
     unrolled<copy_parts>([&](auto part) { copy_part(copy, part); });
     cp_async_arrive(full_at(stage));
+    if (addressed == 0) look_up_at_once();
   }
 
   // ---- the loop ----
@@ -615,7 +539,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
   auto index_at = [&] { return group_at(me.group(), offsetof(Group, piece_index)) + me.warp() * 4; };
   while (index < worker().end_piece) {
     if (me.lane() == 0) store_shared(index_at(), __int_as_float(index));
-    const Piece& piece = plan.pieces[index];
+    const Piece& piece = pieces()[index];
     load_q(piece);
     begin_rows(piece);
 #pragma unroll
@@ -629,37 +553,46 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
 #pragma unroll 1
     for (tiles = warp_uniform(tiles); tiles > 0; tiles -= S::tile_groups) {
       if constexpr (S::tight) asm volatile("" : "+r"(me.thread));  // what follows from it is not worth registers
+      const int free_stage = stage == 0 ? S::ring_stages - 1 : stage - 1,
+                free_parity = stage == 0 ? parity ^ 1 : parity;
+      const int next_stage = stage + 1 == S::ring_stages ? 0 : stage + 1,
+                next_parity = next_stage == 0 ? parity ^ 1 : parity;
+      Copy copy;
+      // Step 0 prepares, the others copy their share.
+      auto copy_step = [&](auto step, auto steps) {
+        if constexpr (step.value == 0) {
+          if constexpr (!S::copies_beside_logits) copy = begin_copy(free_stage);
+          mbarrier_wait(empty_at(free_stage), free_parity);
+        } else {
+          constexpr int from = (step.value - 1) * copy_parts / (steps.value - 1),
+                        to = step.value * copy_parts / (steps.value - 1);
+          unrolled<to, from>([&](auto part) { copy_part(copy, part); });
+        }
+      };
+      if constexpr (S::copies_beside_logits) copy = begin_copy(free_stage);
       const bool address = addressed == 0;
       Lookup lookup;
       if (address) lookup = look_up();  // in flight during the logits
       if (!landed) mbarrier_wait(full_at(stage), parity);
-      compute_logits(stage);
+      compute_logits(stage, [&](auto step) {
+        if constexpr (S::copies_beside_logits) copy_step(step, Index<logit_steps>{});
+      });
+      if constexpr (S::copies_beside_logits) cp_async_arrive(full_at(free_stage));
       group_barrier();  // all partial logits are there; the former P, addresses and cursor have been read
       if (address) write_address(lookup);
       softmax_tile(tiles);
       group_barrier();  // P, factors, addresses and cursor are there
       if (__float_as_int(load_shared(rescale_tile_at())) == tiles) rescale_o();
-      const int free_stage = stage == 0 ? S::ring_stages - 1 : stage - 1;
-      const int next_stage = stage + 1 == S::ring_stages ? 0 : stage + 1,
-                next_parity = next_stage == 0 ? parity ^ 1 : parity;
-      Copy copy;
       add_values(stage, [&](auto step) {
-        if constexpr (step.value == 0) {
-          copy = begin_copy(free_stage);
-          mbarrier_wait(empty_at(free_stage), stage == 0 ? parity ^ 1 : parity);
-        } else {
-          constexpr int from = (step.value - 1) * copy_parts / (value_steps - 1),
-                        to = step.value * copy_parts / (value_steps - 1);
-          unrolled<to, from>([&](auto part) { copy_part(copy, part); });
-        }
+        if constexpr (!S::copies_beside_logits) copy_step(step, Index<value_steps>{});
         if constexpr (step.value == value_steps - 2) landed = mbarrier_ended(full_at(next_stage), next_parity);
       });
-      cp_async_arrive(full_at(free_stage));
+      if constexpr (!S::copies_beside_logits) cp_async_arrive(full_at(free_stage));
       __syncwarp();  // all lanes have read the tile
       if (me.lane() == 0) mbarrier_arrive(empty_at(stage));
       stage = next_stage, parity = next_parity;
     }
-    const Piece& done = plan.pieces[__float_as_int(load_shared(index_at()))];
+    const Piece& done = pieces()[__float_as_int(load_shared(index_at()))];
     finish_piece(done, stage == 0 ? S::ring_stages - 1 : stage - 1, stage == 0 ? parity ^ 1 : parity);
     __syncwarp();
     index = next_piece_at(__float_as_int(load_shared(index_at())) + 1, 0);
