@@ -82,35 +82,17 @@ __device__ __forceinline__ void copy_q(const DecodeParams& p, const RowBlock& bl
   }
 }
 
-// ---- results: `o` as wgmma leaves it, of N / 2 columns, of which `column` is the thread's first (2 q included) ----
+// ---- results, by whole warps: `o` as wgmma leaves it, of N / 2 columns, of which `column` is the thread's first (2 q included) ----
 
-// Of row g (half 0) or g + 8 (half 1), multiplied by `scale`; T: the element type.
-template <class T, int N>
-__device__ __forceinline__ void store_output(const DecodeParams& p, const RowBlock& block, int block_row, int column,
-                                             const float (&o)[N], int half, float scale) {
-  auto* to = static_cast<uint16_t*>(p.out) + row_offset(p, block, block_row, p.out_strides) + column;
-#pragma unroll
-  for (int n = 0; n < N / 4; ++n)
-    *reinterpret_cast<uint32_t*>(to + n * 8) = pack2<T>(o[n * 4 + half * 2] * scale, o[n * 4 + half * 2 + 1] * scale);
-}
-template <class C, int N>
-__device__ __forceinline__ void store_partial(const DecodeParams& p, const RowBlock& block, int block_row, int column,
-                                              const float (&o)[N], int half, float scale) {
-  float* to = p.o_partial + (int64_t{block.partial_slot} * C::block_rows + block_row) * C::d_v + column;
-#pragma unroll
-  for (int n = 0; n < N / 4; ++n)
-    *reinterpret_cast<float2*>(to + n * 8) = make_float2(o[n * 4 + half * 2] * scale, o[n * 4 + half * 2 + 1] * scale);
-}
-
-// The same, by whole warps and only to rows that exist. The quad that shares a row exchanges its columns (a thread has two of every
-// 8), so that each thread stores 16 bytes: a fourth of the stores for the output, half of them for partial results.
+// Row g (half 0) or g + 8 (half 1), multiplied by `scale`, if it exists; T: the element type. The quad that shares a row exchanges its
+// columns (a thread has two of every 8), so that each thread stores 16 bytes, instead of 4 for the output and 8 for partial results.
 __device__ __forceinline__ float lane_swap(float x, int distance) { return __shfl_xor_sync(0xffffffffu, x, distance); }
 __device__ __forceinline__ uint32_t lane_swap(uint32_t x, int distance) {
   return __shfl_xor_sync(0xffffffffu, x, distance);
 }
 template <class T, int N>
-__device__ __forceinline__ void store_output_16(const DecodeParams& p, const RowBlock& block, int block_row, int column,
-                                                const float (&o)[N], int half, float scale) {
+__device__ __forceinline__ void store_output(const DecodeParams& p, const RowBlock& block, int block_row, int column,
+                                             const float (&o)[N], int half, float scale) {
   const int in_quad = threadIdx.x % 4;
   const bool odd = in_quad & 1, upper = in_quad & 2, exists = block_row < block.num_rows;
   auto* to = static_cast<uint16_t*>(p.out) + row_offset(p, block, exists ? block_row : 0, p.out_strides) + column +
@@ -139,8 +121,8 @@ __device__ __forceinline__ void store_output_16(const DecodeParams& p, const Row
   }
 }
 template <class C, int N>
-__device__ __forceinline__ void store_partial_16(const DecodeParams& p, const RowBlock& block, int block_row,
-                                                 int column, const float (&o)[N], int half, float scale) {
+__device__ __forceinline__ void store_partial(const DecodeParams& p, const RowBlock& block, int block_row, int column,
+                                              const float (&o)[N], int half, float scale) {
   const int in_quad = threadIdx.x % 4;
   const bool odd = in_quad & 1, exists = block_row < block.num_rows;
   float* to = p.o_partial + (int64_t{block.partial_slot} * C::block_rows + block_row) * C::d_v + column - in_quad * 2 +

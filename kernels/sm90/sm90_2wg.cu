@@ -374,19 +374,16 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
     fence_proxy_async();
     named_barrier_sync(kPieceEnd, C::threads);  // pairs with itself: both warpgroups' sums and all of Q are there
     const RowBlock block = block_of(index);
+    const bool partial = warp_uniform(block.partial_slot) >= 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int block_row = row + half * 8;
-      if (block_row >= block.num_rows) continue;
+      const int block_row = row + half * 8, column = first_chunk * kChunkColumns + pair;
       const float sum = row_sum[half] + load_shared(row_sum_at(parity, 1 - group, block_row));
       const float scale = sum == 0.f ? 0.f : 1.f / sum;
-      const int column = first_chunk * kChunkColumns + pair;
-      if (block.partial_slot >= 0) {
-        store_partial<C>(p, block, block_row, column, o, half, scale);
-      } else {
-        store_output<T>(p, block, block_row, column, o, half, scale);
-      }
-      if (group == 0 && lane % 4 == 0) store_lse<C>(p, block, block_row, lse2_of(row_max[half], sum));
+      if (partial) store_partial<C>(p, block, block_row, column, o, half, scale);
+      else store_output<T>(p, block, block_row, column, o, half, scale);
+      if (group == 0 && lane % 4 == 0 && block_row < block.num_rows)
+        store_lse<C>(p, block, block_row, lse2_of(row_max[half], sum));
     }
     if (next_index == worker.end_piece) return;
 #pragma unroll

@@ -418,8 +418,8 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
         const int block_row = row + half * 8, column = warpgroup * (C::d_v / 2) + pair;
         const float total = sum[half] + load_shared(row_sum_at(parity, warpgroup ^ 1, block_row));
         const float scale = total == 0.f ? 0.f : 1.f / total;
-        if (partial) store_partial_16<C>(p, block, block_row, column, o, half, scale);
-        else store_output_16<T>(p, block, block_row, column, o, half, scale);
+        if (partial) store_partial<C>(p, block, block_row, column, o, half, scale);
+        else store_output<T>(p, block, block_row, column, o, half, scale);
         if (warpgroup == 0 && lane % 4 == 0 && block_row < block.num_rows)
           store_lse<C>(p, block, block_row, lse2_of(max[half], total));
       }

@@ -57,8 +57,9 @@ constexpr uint64_t kChunkStep = descriptor_step(kChunkBytes);
 
 // How many of a tile's tokens the request has.
 __device__ __forceinline__ int tokens_of_tile(int tile, int len) {
-  // ptxas 12.9 and 13.0 make one instruction of two signed bounds and a comparison with kTileTokens (VIMNMX.RELU with a
-  // predicate), and with it requests without KV hang, as if no tokens were a whole tile. An unsigned bound stays apart.
+  // The bound is unsigned because of a fault of ptxas: it makes one instruction, VIMNMX.RELU with a predicate, of max(0, min(x, 64))
+  // and its comparison with 64. By it x = 0, 1, 63 and 64 all are "== 64", while 65 and 1000 are not (measured: a probe on an H200,
+  // nvcc 13.0; ptxas 12.9 makes the same of this function). test_sass.py looks for it.
   return static_cast<int>(
       min(static_cast<uint32_t>(max(len - tile * kTileTokens, 0)), static_cast<uint32_t>(kTileTokens)));
 }
