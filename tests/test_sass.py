@@ -187,6 +187,13 @@ def test_parameters_are_what_the_host_passes(image: str) -> None:
         assert set(map(tuple, sizes.values())) == {tuple(wanted.get(image, [params]))}, arch
 
 
+@each_image
+def test_no_bound_decides_a_comparison_as_well(image: str) -> None:
+    """ptxas makes VIMNMX.RELU of max(0, min(x, n)); its predicate, for "== n", is wrong."""
+    for where, text in code(image).items():
+        assert not re.search(r"\bVIMNMX\S*\.RELU\S* R\w+, (?!PT,)U?P\w,", text), where
+
+
 @each_variant("sm80")
 def test_sm80_uses_the_units_it_is_written_for(variant: dict[str, Any]) -> None:
     """Tensor cores, asynchronous copies past the registers, matrix loads."""
@@ -204,6 +211,29 @@ def test_sm80_uses_the_units_it_is_written_for(variant: dict[str, Any]) -> None:
         loads = {op for op in counts if op.startswith("LDSM")}
         assert loads, (arch, name)
         assert any("MT88" in op for op in loads), "V is read transposed"
+
+
+@each_variant("sm80")
+def test_sm80_groups_of_warps_wait_for_kv_and_for_themselves(variant: dict[str, Any]) -> None:
+    """Copies arrive at mbarriers, and only a few barriers are those of the whole CTA."""
+    groups = 2
+    group_threads = 32 * variant["warps"] // groups
+    # To begin; and where groups take tiles in turn, to give and take O at the end of a piece.
+    cta_barriers = 3 if variant["block_rows"] == 16 else 1
+    for (arch, name), text in code(variant["name"]).items():
+        barriers = re.findall(r"\bBAR\.SYNC\S* (R?\w+)(?:, (\w+))? ;", text)
+        of_group = [threads for number, threads in barriers if number != "0x0"]
+        assert set(of_group) == {hex(group_threads)}, (arch, name)
+        assert len(barriers) == len(re.findall(r"\bBAR\.", text)), (arch, name)
+        assert len(barriers) - len(of_group) == cta_barriers, (arch, name)
+        # Since sm_90 mbarriers have instructions of their own, before they are words in memory.
+        arrive, wait = (
+            (r"ATOMS\.ARRIVE\.64", r"\bLDS")
+            if arch in ("sm_80", "sm_86")
+            else (r"SYNCS\.ARRIVE", r"SYNCS\.PHASECHK")
+        )
+        for op in (r"ARRIVES\.LDGSTSBAR\.64", arrive, wait):
+            assert re.search(op, text), (arch, name, op)
 
 
 @each_variant("sm90_")
