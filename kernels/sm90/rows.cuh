@@ -16,7 +16,8 @@ struct alignas(16) RowBlock {
   int first_tile, num_tiles;
   int unmasked_tiles;  // so many of the first tiles are visible to all rows as a whole; may be negative
   int partial_slot;    // -1: the result is final
-  int reserved[2];
+  int alone;           // no other worker has row blocks for this KV
+  int reserved;
 };
 
 // How many KV tokens a row of the block sees; rows that do not exist count like others.

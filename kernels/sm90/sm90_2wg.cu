@@ -39,14 +39,16 @@ template <class C>
 struct Smem2wg {
   using L = TileLayout<C>;
   unsigned char q[L::q_bytes];
-  unsigned char kv[C::stages][L::bytes];
+  unsigned char kv[C::stages][L::loaded_bytes];
+  unsigned char p[kChunkBytes];              // of the latest tile; who writes the next one has multiplied it
   float row_max[kGroups][C::block_rows];     // that the P of a warpgroup's latest tile refers to
   float row_sum[2][kGroups][C::block_rows];  // of P over a warpgroup's tiles, by parity of the piece
   uint64_t landed[C::stages][L::k_chunks];   // mbarriers: the chunk of the stage's tile is there
 };
 
-template <class C, int SmemBytes>
-__device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
+// Twice in the kernel, so that the loop by boxes holds no instruction of the copies by address.
+template <class C, int SmemBytes, bool ByBoxes>
+__device__ __forceinline__ void decode_pieces(const DecodeParams& p) {
   using T = typename C::Element;
   using L = TileLayout<C>;
   using Smem = Smem2wg<C>;
@@ -60,7 +62,7 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
   auto owner_of = [](int t) { return static_cast<int>(static_cast<uint32_t>(t) % kGroups); };
   auto stage_of = [](int t) { return static_cast<int>(static_cast<uint32_t>(t) % C::stages); };
   auto parity_of = [](int t) { return static_cast<int>(static_cast<uint32_t>(t) / C::stages % 2); };
-  auto kv_at = [&](int t) -> uint32_t { return smem + offsetof(Smem, kv) + stage_of(t) * L::bytes; };
+  auto kv_at = [&](int t) -> uint32_t { return smem + offsetof(Smem, kv) + stage_of(t) * L::loaded_bytes; };
   auto landed_at = [&](int t, int chunk) -> uint32_t {
     return smem + offsetof(Smem, landed) + (stage_of(t) * L::k_chunks + chunk) * kMbarrierBytes;
   };
@@ -88,11 +90,12 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
 
   // ---- loading: tiles in turn, a tile per release; every thread knows where this warpgroup's loads stand ----
 
-  const bool by_boxes = has_boxes(p);
+  constexpr bool by_boxes = ByBoxes;
   struct {
     int index, tile, end_tile;  // to be loaded next
     int request, len;
-    Slot slot;  // of the lane's box or row of it, looked up a tile ahead
+    Slot slot;    // of the lane's box or row of it, looked up a tile ahead
+    Boxes boxes;  // from the slots of all lanes, once gather() has waited for the look-up
   } loads{};
   auto look_up = [&] {
     loads.slot = by_boxes ? box_slot(p, loads.request, loads.tile, loads.len)
@@ -108,24 +111,27 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
     loads.len = warp_uniform(block.len);
     look_up();
   };
+  // Ahead of load_tile(), where there is time; without a branch, as wgmmas may be in flight.
+  auto gather = [&] {
+    if constexpr (by_boxes) loads.boxes = all_boxes(p, loads.slot);
+  };
   // This warpgroup's share of tile t: a chunk per warp by boxes, half of the rows and of the chunks per warp by address.
   auto load_tile = [&](int t) {
     if (loads.index < worker.end_piece) {
       const uint32_t tile_at = kv_at(t);
-      const bool with_rope = L::rope > 0 && owner_of(t) != group;
-      if (by_boxes) {
+      const bool with_rope = L::rope > 0 && owner_of(t) == group;
+      if constexpr (by_boxes) {
         const int tokens = tokens_of_tile(loads.tile, loads.len);
-        const Boxes boxes = all_boxes(p, loads.slot);
         auto load = [&](int chunk) {
           mbarrier_arrive_expect(landed_at(t, chunk), box_bytes(p, tokens));
-          load_chunk<C>(p, tile_at, chunk, boxes, tokens, landed_at(t, chunk));
+          load_chunk<C>(p, tile_at, chunk, loads.boxes, tokens, landed_at(t, chunk));
         };
         if (warp < L::half_chunks && elect_lane()) load(first_chunk + warp);
         if (with_rope && warp == L::half_chunks % 4 && elect_lane()) load(L::last_chunk);
         __syncwarp();  // what follows is for whole warps
       } else {
         const RowAddress from = row_address(p, loads.slot);
-#pragma unroll
+#pragma unroll 1
         for (int i = 0; i < L::half_chunks / 2; ++i)
           copy_rows<C>(tile_at, first_chunk + warp / 2 * (L::half_chunks / 2) + i, warp % 2 * 32, from);
         if (with_rope && warp / 2 == 1) copy_rows<C>(tile_at, L::last_chunk, warp % 2 * 32, from);
@@ -141,16 +147,17 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
   // Announces this warp's copies of tile t, once all but `pending` of the latest groups have landed; boxes announce themselves.
   // Behind the last tile nobody waits for what is announced.
   auto announce = [&](auto pending, int t) {
-    if (by_boxes) return;
-    cp_async_wait<decltype(pending)::value>();
-    fence_proxy_async();
-    __syncwarp();
-    if (lane == 0) {
-      for (int i = 0; i < L::half_chunks / 2; ++i)
-        mbarrier_arrive(landed_at(t, first_chunk + warp / 2 * (L::half_chunks / 2) + i));
-      if (L::rope > 0 && owner_of(t) != group && warp / 2 == 1) mbarrier_arrive(landed_at(t, L::last_chunk));
+    if constexpr (!by_boxes) {
+      cp_async_wait<decltype(pending)::value>();
+      fence_proxy_async();
+      __syncwarp();
+      if (lane == 0) {
+        for (int i = 0; i < L::half_chunks / 2; ++i)
+          mbarrier_arrive(landed_at(t, first_chunk + warp / 2 * (L::half_chunks / 2) + i));
+        if (L::rope > 0 && owner_of(t) == group && warp / 2 == 1) mbarrier_arrive(landed_at(t, L::last_chunk));
+      }
+      __syncwarp();
     }
-    __syncwarp();
   };
   // This warpgroup has multiplied tile t: what it loads of it is dead.
   auto release = [&](int t) {
@@ -171,7 +178,10 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
   }
   begin_load_piece(index);
   __syncthreads();  // the mbarriers are there
-  for (int t = 0; t < C::stages; ++t) load_tile(t);
+  for (int t = 0; t < C::stages; ++t) {
+    gather();
+    load_tile(t);
+  }
   copy_q<C>(p, block_of(index), smem + offsetof(Smem, q), threadIdx.x, C::threads);
   cp_async_commit();  // cp_async_wait sees no copies outside a group
   cp_async_wait<0>();
@@ -191,40 +201,42 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
   int begin_t = 0, end_t = 0, base = 0, first_masked = 0, len = 0, visible[2] = {};
 
   const uint64_t q_desc = k_major(smem + offsetof(Smem, q)), k_desc = k_major(smem + offsetof(Smem, kv));
-  const uint64_t p_desc = k_major(smem + offsetof(Smem, kv) + L::last_chunk * kChunkBytes);
+  const uint64_t p_desc = k_major(smem + offsetof(Smem, p));
   const uint64_t v_desc = mn_major(smem + offsetof(Smem, kv) + first_chunk * kChunkBytes);
-  auto in_stage = [&](uint64_t desc, int t) { return pinned(desc + stage_of(t) * descriptor_step(L::bytes)); };
+  auto in_stage = [&](uint64_t desc, int t) { return pinned(desc + stage_of(t) * descriptor_step(L::loaded_bytes)); };
 
   // Zeroes what V has behind the request's end, in the half that this warpgroup multiplies. Copies by address have done so.
   auto clear_tail = [&](int t) {
-    const int tokens = tokens_of_tile(t - base, len);
-    if (!by_boxes || tokens == kTileTokens) return;
-    for (int i = 0; i < L::half_chunks; ++i) mbarrier_wait(landed_at(t, first_chunk + i), parity_of(t));
-    zero_rows(kv_at(t) + first_chunk * kChunkBytes, L::half_chunks, tokens, thread, kGroupThreads);
-    fence_proxy_async();
-    named_barrier_sync(kWarpgroup + group, kGroupThreads);  // pairs with itself: the zeros of all four warps are there
+    if constexpr (by_boxes) {
+      const int tokens = tokens_of_tile(t - base, len);
+      if (tokens == kTileTokens) return;
+      for (int i = 0; i < L::half_chunks; ++i) mbarrier_wait(landed_at(t, first_chunk + i), parity_of(t));
+      zero_rows(kv_at(t) + first_chunk * kChunkBytes, L::half_chunks, tokens, thread, kGroupThreads);
+      fence_proxy_async();
+      named_barrier_sync(kWarpgroup + group,
+                         kGroupThreads);  // pairs with itself: the zeros of all four warps are there
+    }
   };
-  // Chunks in the order in which they are refilled: this warpgroup's half, the other's, RoPE.
-  auto compute_logits = [&](int t) {
-    const int parity = parity_of(t);
+  // Chunks in the order in which they are refilled: this warpgroup's half, RoPE; the other's half.
+  auto compute_logits_of_half = [&](int t, int half) {
+    const int parity = parity_of(t), first = (half == 0 ? group : 1 - group) * L::half_chunks;
+    const uint64_t q = pinned(q_desc + first * kChunkStep), k = in_stage(k_desc + first * kChunkStep, t);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int first = (half == 0 ? group : 1 - group) * L::half_chunks;
-      const uint64_t q = pinned(q_desc + first * kChunkStep), k = in_stage(k_desc + first * kChunkStep, t);
+    for (int chunk = 0; chunk < L::half_chunks; ++chunk) {
+      mbarrier_wait(landed_at(t, first + chunk), parity);
+      wgmma_fence();
 #pragma unroll
-      for (int chunk = 0; chunk < L::half_chunks; ++chunk) {
-        mbarrier_wait(landed_at(t, first + chunk), parity);
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < L::k_steps(0); ++step) {
-          const uint64_t at = chunk * kChunkStep + step * kColumnStep;
-          if (half == 0 && chunk == 0 && step == 0) wgmma_qk<T, false>(s, q + at, k + at);
-          else wgmma_qk<T, true>(s, q + at, k + at);
-        }
+      for (int step = 0; step < L::k_steps(0); ++step) {
+        const uint64_t at = chunk * kChunkStep + step * kColumnStep;
+        if (half == 0 && chunk == 0 && step == 0) wgmma_qk<T, false>(s, q + at, k + at);
+        else wgmma_qk<T, true>(s, q + at, k + at);
       }
     }
+  };
+  auto compute_first_logits = [&](int t) {
+    compute_logits_of_half(t, 0);
     if constexpr (L::rope > 0) {
-      mbarrier_wait(landed_at(t, L::last_chunk), parity);
+      mbarrier_wait(landed_at(t, L::last_chunk), parity_of(t));
       wgmma_fence();
       const uint64_t q = pinned(q_desc + L::last_chunk * kChunkStep),
                      k = in_stage(k_desc + L::last_chunk * kChunkStep, t);
@@ -234,20 +246,28 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
     }
     wgmma_commit();
   };
-  auto softmax_tile = [&](int t) {
+  auto compute_other_logits = [&](int t) {
+    compute_logits_of_half(t, 1);
+    wgmma_commit();
+  };
+  auto max_of_tile = [&](int t, float (&tile_max)[2]) {
     scale_logits(s, p.scale_log2);
     if (t >= first_masked) {
       const int before = (t - base) * kTileTokens + pair;
       const int seen[2] = {visible[0] - before, visible[1] - before};
       mask_tail(s, seen);
     }
-    float tile_max[2];
     mla::sm90::row_max(s, tile_max);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)  // nobody reads it: ptxas would move the next wait up, ahead of all this
+      if (lane % 4 == 0) store_shared(row_max_at(group, row + half * 8), tile_max[half]);
+  };
+  // Behind a barrier of the warpgroup, which has multiplied the other's P by then: the own takes its place.
+  auto hand_over = [&](const float (&tile_max)[2]) {
     raise_max(row_max, tile_max, factor);
-    named_barrier_sync(kWarpgroup + group, kGroupThreads);  // pairs with itself: nobody reads RoPE any more
     exp2_rows(s, row_max, factor, row_sum);
     pack_p<T>(s, p_own);
-    const uint32_t p_at = kv_at(t) + L::last_chunk * kChunkBytes;
+    const uint32_t p_at = smem + offsetof(Smem, p);
 #pragma unroll
     for (int k = 0; k < 4; ++k) stmatrix_x4(p_at + swizzled(warp * 16 + lane % 16, k * 2 + lane / 16), p_own[k]);
     if (lane % 4 == 0) {
@@ -259,7 +279,7 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
   };
   // Waits for the P of the other's latest tile, and takes over the max that it refers to.
   auto take_max = [&] {
-    named_barrier_sync(kPReady + 1 - group, C::threads);  // pairs with softmax_tile
+    named_barrier_sync(kPReady + 1 - group, C::threads);  // pairs with hand_over
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float raised = load_shared(row_max_at(1 - group, row + half * 8));
@@ -276,7 +296,7 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
     wgmma_commit();
   };
   auto add_others_values = [&](int t) {
-    const uint64_t a = in_stage(p_desc, t), v = in_stage(v_desc, t);
+    const uint64_t a = pinned(p_desc), v = in_stage(v_desc, t);
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < 4; ++k) wgmma_pv<T>(o, a + k * kColumnStep, v + k * kTokenStep);
@@ -307,18 +327,22 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
       }
     }
 
+    float tile_max[2];
     int own = owner_of(begin_t) == group ? begin_t : begin_t + 1;
     if (own == begin_t) {  // the piece's first tile is this warpgroup's: nothing to multiply beside it
       announce(Number<ahead + 1>{}, own + ahead);
       clear_tail(own);
       pin(s);
-      compute_logits(own);
+      compute_first_logits(own);
+      compute_other_logits(own);
       wgmma_wait<0>();
       pin(s);
-      softmax_tile(own);
+      max_of_tile(own, tile_max);
+      hand_over(tile_max);
       if (own + 1 == end_t) load_next_q();
       pin(o);
       add_own_values(own);
+      gather();
       wgmma_wait<0>();
       pin(o);
       release(own);
@@ -327,25 +351,30 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
 #pragma unroll 1
     for (; own < end_t; own += 2) {
       announce(Number<ahead + 1>{}, own - 1 + ahead);
-      take_max();
-      rescale_rows(o, factor);
       announce(Number<ahead>{}, own + ahead);
-      clear_tail(own - 1);
       clear_tail(own);
-      pin(o);
       pin(s);
-      compute_logits(own);
+      compute_first_logits(own);  // of what is there already, while the other's P is not
+      gather();
+      take_max();
+      wgmma_wait<0>();  // O may be touched
+      rescale_rows(o, factor);
+      clear_tail(own - 1);
+      pin(o);
+      compute_other_logits(own);
       add_others_values(own - 1);
       wgmma_wait<1>();
       pin(s);
-      softmax_tile(own);  // beside the values of the other's tile
+      max_of_tile(own, tile_max);  // beside the values of the other's tile
       wgmma_wait<0>();
       pin(o);
       release(own - 1);
+      hand_over(tile_max);
       if (own + 1 == end_t) load_next_q();
       rescale_rows(o, factor);
       pin(o);
       add_own_values(own);
+      gather();
       wgmma_wait<0>();
       pin(o);
       release(own);
@@ -358,6 +387,7 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
       clear_tail(own - 1);
       pin(o);
       add_others_values(own - 1);
+      gather();
       wgmma_wait<0>();
       pin(o);
       release(own - 1);
@@ -392,6 +422,12 @@ __device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
     begin_t = end_t;
     parity ^= 1;
   }
+}
+
+template <class C, int SmemBytes>
+__device__ __forceinline__ void decode_2wg(const DecodeParams& p) {
+  if (has_boxes(p)) decode_pieces<C, SmemBytes, true>(p);
+  else decode_pieces<C, SmemBytes, false>(p);
 }
 
 }  // namespace mla::sm90

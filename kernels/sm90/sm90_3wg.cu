@@ -29,20 +29,22 @@ constexpr int kCopyWarps = 2;  // of the producer: that load KV, and as many tha
 // Named barriers; 0 is __syncthreads.
 enum Barrier : int {
   kPReady = 1,      // + warpgroup: it left P and the row max of its tile. Both warpgroups: one arrives, the other waits
-  kLogitsDone = 3,  // + warpgroup: all its warps have computed their logits. Its own threads
+  kOthersDone = 3,  // + warpgroup: all its warps have multiplied the other's P. Its own threads
   kSumsReady = 5,   // both left their row sums
 };
 
 template <class C>
 struct Smem {
   uint8_t q[TileLayout<C>::q_bytes];
-  uint8_t tiles[C::stages][TileLayout<C>::bytes];
+  uint8_t tiles[C::stages][TileLayout<C>::loaded_bytes];
+  uint8_t p[kChunkBytes];                             // of the latest tile; whoever writes the next has multiplied it
   RowBlock block[2];                                  // by parity of the piece; no tiles: there is no more
   float row_sum[2][kConsumers][C::block_rows];        // by parity of the piece
   float row_max[kConsumers][C::block_rows];           // that the latest P of a warpgroup is relative to
   uint64_t full[C::stages][TileLayout<C>::k_chunks];  // a chunk of the tile is there
-  uint64_t free[C::stages][kConsumers];  // a warpgroup is done with its half of the columns (and so with P or RoPE)
-  uint64_t landed[kConsumers];           // a half of the last tile of a request is there, but for its zeros
+  uint64_t free[C::stages][kConsumers];               // a warpgroup is done with its half of the columns
+  uint64_t free_rope[C::stages];                      // the tile's owner is done with RoPE
+  uint64_t landed[kConsumers];  // a half of the last tile of a request is there, but for its zeros
   uint64_t q_full, q_free;
 };
 
@@ -65,7 +67,9 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
                 "the smem column of variants.inc must be sizeof(Smem) + what aligning it may take");
   extern __shared__ __align__(1024) unsigned char smem_bytes[];
   const uint32_t smem = (shared_address(smem_bytes) + alignment - 1) / alignment * alignment;
-  auto tile_at = [&](int stage) { return smem + static_cast<uint32_t>(offsetof(Smem<C>, tiles)) + stage * L::bytes; };
+  auto tile_at = [&](int stage) {
+    return smem + static_cast<uint32_t>(offsetof(Smem<C>, tiles)) + stage * L::loaded_bytes;
+  };
   auto block_at = [&](int parity) {
     return smem + static_cast<uint32_t>(offsetof(Smem<C>, block) + parity * sizeof(RowBlock));
   };
@@ -82,6 +86,9 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
   auto free_at = [&](int stage, int half) {
     return smem + static_cast<uint32_t>(offsetof(Smem<C>, free)) + (stage * kConsumers + half) * kMbarrierBytes;
   };
+  auto free_rope_at = [&](int stage) {
+    return smem + static_cast<uint32_t>(offsetof(Smem<C>, free_rope)) + stage * kMbarrierBytes;
+  };
   auto landed_at = [&](int half) {
     return smem + static_cast<uint32_t>(offsetof(Smem<C>, landed)) + half * kMbarrierBytes;
   };
@@ -94,6 +101,7 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
       for (int chunk = 0; chunk < L::k_chunks; ++chunk)
         mbarrier_init(full_at(stage, chunk), has_boxes(p) ? 1 : kCopyWarps);
       for (int half = 0; half < kConsumers; ++half) mbarrier_init(free_at(stage, half), kWarpgroupWarps);
+      mbarrier_init(free_rope_at(stage), kWarpgroupWarps);
     }
     for (int half = 0; half < kConsumers; ++half) mbarrier_init(landed_at(half), 1);
     mbarrier_init(q_full, kCopyWarps);
@@ -110,12 +118,12 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
       return next_piece(p, plan.pieces, index, worker.end_piece, worker.member, C::block_rows);
     };
     auto block_of = [&](int index) { return make_row_block(p, plan.pieces[index], worker.member, C::block_rows); };
-    // The chunks of a half of the columns in the order in which the logits use them: those of the tile's owner come first, RoPE last.
+    // The chunks of a half of the columns in the order in which they are freed: those of the tile's owner come first, with RoPE.
     auto half_of = [](int tile, int i) { return (tile + i) & 1; };
-    auto chunks_of = [](int i) { return L::half_chunks + (i == 1 ? L::k_chunks - L::v_chunks : 0); };
+    auto chunks_of = [](int i) { return L::half_chunks + (i == 0 ? L::k_chunks - L::v_chunks : 0); };
     auto chunk_of = [](int half, int k) { return k < L::half_chunks ? half * L::half_chunks + k : L::last_chunk; };
 
-    // ---- KV by TMA: two warps, half of the columns each, and RoPE to whom the half is freed last ----
+    // ---- KV by TMA: two warps, half of the columns each, and RoPE to whom the half is freed first ----
 
     auto load_boxes_of_pieces = [&](int half) {
       if (elect_lane()) {
@@ -135,23 +143,22 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
           // Of the next tile: on its way while the stage of this one becomes free.
           if (tile + 1 < num_tiles) slot = box_slot(p, request, first_tile + tile + 1, len);
           const int first = half * L::half_chunks;
-          const bool with_rope = L::rope > 0 && tile % 2 != half;
-          mbarrier_wait(free_at(at.stage, half), at.parity ^ 1);  // pairs with release(), a round before
+          const bool with_rope = L::rope > 0 && tile % 2 == half;
+          auto load = [&](int chunk) {
+            mbarrier_arrive_expect(full_at(at.stage, chunk), kChunkBytes);
+            load_chunk<C>(p, tile_at(at.stage), chunk, boxes, kTileTokens, full_at(at.stage, chunk));
+          };
+          if (with_rope)
+            mbarrier_wait(free_rope_at(at.stage), at.parity ^ 1);  // pairs with finish_logits, a round before
           if (tokens == kTileTokens) {
-            auto load = [&](int chunk) {
-              mbarrier_arrive_expect(full_at(at.stage, chunk), kChunkBytes);
-              load_chunk<C>(p, tile_at(at.stage), chunk, boxes, kTileTokens, full_at(at.stage, chunk));
-            };
+            if (with_rope && elect_lane()) load(L::last_chunk);
+            mbarrier_wait(free_at(at.stage, half), at.parity ^ 1);  // pairs with release(), a round before
             if (elect_lane()) {
 #pragma unroll
               for (int k = 0; k < L::half_chunks; ++k) load(first + k);
             }
-            if (with_rope) {
-              mbarrier_wait(free_at(at.stage, half ^ 1), at.parity ^ 1);  // P was in its place, for the other to read
-              if (elect_lane()) load(L::last_chunk);
-            }
           } else {  // the end of the request: the values behind it become zeros before anybody sees the tile
-            if (with_rope) mbarrier_wait(free_at(at.stage, half ^ 1), at.parity ^ 1);
+            mbarrier_wait(free_at(at.stage, half), at.parity ^ 1);
             const int chunks = L::half_chunks + with_rope;
             if (tokens > 0) {
               if (elect_lane()) {
@@ -219,7 +226,8 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
       int parity = 0;  // of the piece
       for (int index = next_piece_at(worker.first_piece);; index = next_piece_at(index + 1), parity ^= 1) {
         const bool more = index < worker.end_piece;
-        const RowBlock block = more ? block_of(index) : RowBlock{};
+        RowBlock block = more ? block_of(index) : RowBlock{};
+        block.alone = plan.header->group_size == 1;
         mbarrier_wait(q_free, parity ^ 1);  // nobody reads Q any more, nor the block before the last
         if (more) copy_q<C>(p, block, smem, threadIdx.x % (32 * kCopyWarps), 32 * kCopyWarps);
         if (warp == kCopyWarps && lane == 0) store_shared_struct(block_at(parity), block);
@@ -239,38 +247,43 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
     raise_registers<kConsumerRegisters>();
     const int quad = lane / 4, pair = lane % 4 * 2, row = warp * 16 + quad;  // rows `row` and `row` + 8
     const uint64_t q_operand = k_major(smem), k_operand = k_major(tile_at(0));
-    const uint64_t p_operand = k_major(tile_at(0) + L::last_chunk * kChunkBytes);
+    const uint64_t p_operand = k_major(smem + static_cast<uint32_t>(offsetof(Smem<C>, p)));
     const uint64_t v_operand = mn_major(tile_at(0) + warpgroup * L::half_chunks * kChunkBytes);
-    auto stage_step = [](int stage) { return static_cast<uint64_t>(stage * (L::bytes >> 4)); };
+    auto stage_step = [](int stage) { return static_cast<uint64_t>(stage * (L::loaded_bytes >> 4)); };
 
     float s[32], o[L::o_registers];
     uint32_t own_p[4][4];
     float max[2], sum[2], factor[2];
     RingPlace<C> at;  // of the tile whose values are next
 
-    auto issue_logits = [&](RingPlace<C> of) {
+    // Parts of the logits: RoPE, own half of the columns, other half; in the order in which they were freed.
+    auto issue_logits_part = [&](RingPlace<C> of, int part) {
+      const int first = part == 0 ? L::last_chunk : (warpgroup ^ (part - 1)) * L::half_chunks;
+      const uint64_t a = pinned(q_operand + static_cast<uint64_t>(first * (kChunkBytes >> 4)));
+      const uint64_t b = pinned(k_operand + stage_step(of.stage) + static_cast<uint64_t>(first * (kChunkBytes >> 4)));
 #pragma unroll
-      for (int i = 0; i < 3; ++i) {  // own half of the columns, other half, RoPE
-        if (i == 2 && L::rope == 0) break;
-        const int first = i == 2 ? L::last_chunk : (warpgroup ^ i) * L::half_chunks;
-        const uint64_t a = pinned(q_operand + static_cast<uint64_t>(first * (kChunkBytes >> 4)));
-        const uint64_t b = pinned(k_operand + stage_step(of.stage) + static_cast<uint64_t>(first * (kChunkBytes >> 4)));
+      for (int chunk = 0; chunk < (part == 0 ? 1 : L::half_chunks); ++chunk) {
+        mbarrier_wait(full_at(of.stage, first + chunk), of.parity);  // pairs with the producer's loads and arrivals
+        wgmma_fence();
 #pragma unroll
-        for (int chunk = 0; chunk < (i == 2 ? 1 : L::half_chunks); ++chunk) {
-          mbarrier_wait(full_at(of.stage, first + chunk), of.parity);  // pairs with the producer's loads and arrivals
-          wgmma_fence();
-#pragma unroll
-          for (int k = 0; k < L::k_steps(i == 2 ? L::last_chunk : 0); ++k) {
-            const uint64_t step = chunk * kChunkStep + k * kColumnStep;
-            if (i == 0 && chunk == 0 && k == 0) wgmma_qk<T, false>(s, a + step, b + step);
-            else wgmma_qk<T, true>(s, a + step, b + step);
-          }
+        for (int k = 0; k < L::k_steps(part == 0 ? L::last_chunk : 0); ++k) {
+          const uint64_t step = chunk * kChunkStep + k * kColumnStep;
+          if (part == (L::rope > 0 ? 0 : 1) && chunk == 0 && k == 0) wgmma_qk<T, false>(s, a + step, b + step);
+          else wgmma_qk<T, true>(s, a + step, b + step);
         }
       }
+    };
+    auto issue_first_logits = [&](RingPlace<C> of) {
+      if (L::rope > 0) issue_logits_part(of, 0);
+      issue_logits_part(of, 1);
+      wgmma_commit();
+    };
+    auto issue_other_logits = [&](RingPlace<C> of) {
+      issue_logits_part(of, 2);
       wgmma_commit();
     };
     auto issue_values_of_other = [&](int stage) {
-      const uint64_t a = pinned(p_operand + stage_step(stage)), b = pinned(v_operand + stage_step(stage));
+      const uint64_t a = pinned(p_operand), b = pinned(v_operand + stage_step(stage));
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < 4; ++k) wgmma_pv<T>(o, a + k * kColumnStep, b + k * kTokenStep);
@@ -302,15 +315,11 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
       }
     };
     // Logits become P, in registers and, with the max, in shared memory for the other.
-    auto hand_over = [&](int stage) {
-      float tile_max[2];
-      row_max(s, tile_max);
-      named_barrier_sync(kLogitsDone + warpgroup,
-                         kWarpgroupThreads);  // with itself: all warps have read RoPE, P takes its place
+    auto hand_over = [&](const float (&tile_max)[2]) {
       raise_max(max, tile_max, factor);
       exp2_rows(s, max, factor, sum);
       pack_p<T>(s, own_p);
-      const uint32_t to = tile_at(stage) + L::last_chunk * kChunkBytes;
+      const uint32_t to = smem + static_cast<uint32_t>(offsetof(Smem<C>, p));
 #pragma unroll
       for (int k = 0; k < 4; ++k) stmatrix_x4(to + swizzled(warp * 16 + lane % 16, k * 2 + lane / 16), own_p[k]);
       if (lane % 4 == 0) {
@@ -325,11 +334,13 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
     for (int parity = 0;; parity ^= 1) {  // of the piece
       mbarrier_wait(q_full, parity);      // pairs with copy_q_of_pieces
       int num_tiles, unmasked_tiles, visible[2];
+      bool alone;
       {
         RowBlock block;
         load_shared_struct(block, block_at(parity));
         num_tiles = warp_uniform(block.num_tiles);
         unmasked_tiles = warp_uniform(block.unmasked_tiles);
+        alone = warp_uniform(block.alone);
 #pragma unroll
         for (int half = 0; half < 2; ++half)
           visible[half] = visible_tokens(p, block, row + half * 8) - block.first_tile * kTileTokens - pair;
@@ -340,13 +351,18 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) max[half] = kNoMax, sum[half] = 0.f, factor[half] = 1.f;
 
-      auto finish_logits = [&](int tile) {          // behind the wait for them
-        if (tile + 2 >= num_tiles) arrive(q_free);  // pairs with copy_q_of_pieces
+      auto finish_logits = [&](int tile, int stage, float (&tile_max)[2]) {  // behind the wait for them
+        if (L::rope > 0) arrive(free_rope_at(stage));  // pairs with load_boxes_of_pieces, a round later
+        if (tile + 2 >= num_tiles) arrive(q_free);     // pairs with copy_q_of_pieces
         scale_logits(s, p.scale_log2);
         if (tile >= unmasked_tiles) {
           const int seen[2] = {visible[0] - tile * kTileTokens, visible[1] - tile * kTileTokens};
           mask_tail(s, seen);
         }
+        row_max(s, tile_max);
+#pragma unroll
+        for (int half = 0; half < 2; ++half)  // nobody reads it: ptxas would move the next wait up, ahead of all this
+          if (lane % 4 == 0) store_shared(row_max_at(warpgroup, row + half * 8), tile_max[half]);
       };
       auto add_own_values = [&](int stage) {
         rescale_rows(o, factor);
@@ -358,39 +374,63 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
       };
 
       int tile = warpgroup;
+      float tile_max[2];
       if (warpgroup == 0) {  // the first tile has none before it
         pin(s);
-        issue_logits(at);
+        issue_first_logits(at);
+        issue_other_logits(at);
         wgmma_wait<0>();
         pin(s);
-        finish_logits(0);
-        hand_over(at.stage);
+        finish_logits(0, at.stage, tile_max);
+        hand_over(tile_max);
         add_own_values(at.stage);
         at.advance();
         tile = 2;
       } else if (num_tiles == 1) {
         arrive(q_free);
       }
+      // The other's values come before the second half of the logits where memory is the limit, because nobody else reads this KV:
+      // their stage is freed sooner, at the price of a softmax that only the other warpgroup's products hide. Measured: sm90_3wg.md.
+      auto walk = [&](auto values_first) {
 #pragma unroll 1
-      for (; tile < num_tiles; tile += 2) {
-        const int other_stage = at.stage;
-        at.advance();
-        take_max();
-        rescale_rows(o, factor);
-        pin(o);
-        pin(s);
-        issue_logits(at);
-        issue_values_of_other(other_stage);
-        wgmma_wait<1>();  // the logits
-        pin(s);
-        finish_logits(tile);
-        hand_over(at.stage);
-        wgmma_wait<0>();  // the values
-        pin(o);
-        release(other_stage);
-        add_own_values(at.stage);
-        at.advance();
-      }
+        for (; tile < num_tiles; tile += 2) {
+          const int other_stage = at.stage;
+          at.advance();
+          pin(s);
+          issue_first_logits(at);  // of what is there already, while the other's P is not
+          take_max();
+          wgmma_wait<0>();  // O may be touched
+          rescale_rows(o, factor);
+          pin(o);
+          if constexpr (values_first.value) {
+            issue_values_of_other(other_stage);
+            wgmma_wait<0>();
+            pin(o);
+            release(other_stage);  // whether the rest of the tile is there or not
+            issue_other_logits(at);
+            wgmma_wait<0>();
+            pin(s);
+            finish_logits(tile, at.stage, tile_max);
+          } else {
+            issue_other_logits(at);
+            issue_values_of_other(other_stage);
+            wgmma_wait<1>();  // the logits
+            pin(s);
+            finish_logits(tile, at.stage, tile_max);
+            wgmma_wait<0>();  // the values
+            pin(o);
+            release(other_stage);
+          }
+          named_barrier_sync(
+              kOthersDone + warpgroup,
+              kWarpgroupThreads);  // with itself: all warps have read the other's P, the own takes its place
+          hand_over(tile_max);
+          add_own_values(at.stage);
+          at.advance();
+        }
+      };
+      if (alone) walk(Index<1>{});
+      else walk(Index<0>{});
       if (tile - 1 < num_tiles) {  // the last tile is the other's
         take_max();
         rescale_rows(o, factor);

@@ -22,7 +22,8 @@ struct TileLayout {
   static constexpr int k_chunks = v_chunks + (rope > 0 ? 1 : 0);  // that are loaded, and of Q
   static constexpr int last_chunk = v_chunks;                     // RoPE, then P
   static constexpr int bytes = (v_chunks + 1) * kChunkBytes, q_bytes = k_chunks * kChunkBytes;
-  static constexpr int o_registers = C::d_v / 4;  // of a thread, for 64 rows of half of the columns
+  static constexpr int loaded_bytes = k_chunks * kChunkBytes;  // of a stage whose P lies elsewhere
+  static constexpr int o_registers = C::d_v / 4;               // of a thread, for 64 rows of half of the columns
 
   __host__ __device__ static constexpr int columns(int chunk) { return chunk < v_chunks ? kChunkColumns : rope; }
   __host__ __device__ static constexpr int k_steps(int chunk) { return columns(chunk) / 16; }
