@@ -512,7 +512,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
   if (index == worker().end_piece) return;
   if (me.thread < static_cast<unsigned>(C::stages)) {
     mbarrier_init(smem + static_cast<uint32_t>(offsetof(Smem<C>, full)) + me.thread * 8, 32 * S::ring_warps);
-    mbarrier_init(smem + static_cast<uint32_t>(offsetof(Smem<C>, empty)) + me.thread * 8, S::ring_warps);
+    mbarrier_init(smem + static_cast<uint32_t>(offsetof(Smem<C>, empty)) + me.thread * 8, 32 * S::ring_warps);
   }
   __syncthreads();  // the mbarriers are there
   if (me.warp() == 0) move_cursor(index);
@@ -588,8 +588,8 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
         if constexpr (step.value == value_steps - 2) landed = mbarrier_ended(full_at(next_stage), next_parity);
       });
       if constexpr (!S::copies_beside_logits) cp_async_arrive(full_at(free_stage));
-      __syncwarp();  // all lanes have read the tile
-      if (me.lane() == 0) mbarrier_arrive(empty_at(stage));
+      mbarrier_arrive(
+          empty_at(stage));  // each thread for itself: compute-sanitizer does not follow one that speaks for a warp
       stage = next_stage, parity = next_parity;
     }
     const Piece& done = pieces()[__float_as_int(load_shared(index_at()))];

@@ -208,6 +208,8 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
               copying_chunks = 0;
               mbarrier_wait(free_at(at.stage, half), at.parity ^ 1);  // pairs with release(), a round before
             }
+            // The half that is freed first comes with RoPE, which was free before it: this never waits, but every phase must be seen.
+            if (i == 0 && L::rope > 0) mbarrier_wait(free_rope_at(at.stage), at.parity ^ 1);
             for (int k = 0; k < chunks_of(i); ++k) copy_rows<C>(tile_at(at.stage), chunk_of(half, k), warp * 32, row);
             cp_async_commit();
             cp_async_wait<1>();

@@ -31,7 +31,7 @@ ENVIRONMENT = {
 }
 OPTIONS = {
     "memcheck": ["--padding", "512", "--report-api-errors", "no"],
-    "racecheck": ["--racecheck-report", "all"],
+    "racecheck": ["--racecheck-report", "analysis"],
     "initcheck": [],
     "synccheck": [],
 }
