@@ -18,21 +18,23 @@ class Costs(NamedTuple):
     wgmma: bool  # its products are wgmma's, else mma.sync's
     mma_share: dict[int, float]  # of the peak of its products, by packed rows of a tile
     chain_tflops_per_sm: dict[int, float]  # where the tensor cores are faster than all other steps
+    copy_gbs_per_sm: float = 0.0  # into shared memory, of pages that TMA has no boxes for
 
 
-# The least that a call takes on the H200 is 22 us with 16 rows and 1,024 tokens (benchmarks/h200).
-# It feeds the 16-row tiles 3.86 TB/s of its 4.8: 128 requests of 16,384 tokens, benchmarks/h200; it
-# could stream 4.55. ldmatrix feeds warp tiles of 16, 32 and 64 rows every 2.5, 2.05 and 1.6 cycles
-# where the H200 could take one every 1.5; less an estimated fifth to third for softmax. The chain:
-# 116, 154 and 243 TFLOP/s on all 132 SMs, benchmarks/h200.
-SM80 = Costs(20.0, 0.80, False, {16: 0.40, 32: 0.55, 64: 0.75}, {16: 0.88, 32: 1.16, 64: 1.84})
-# Predicted, to be fitted to recorded runs: the start from that of sm80; the rest from bare loops of
-# the same schedules on the H200, without page table and splits. Of 604 MB they stream 4.0 and 3.86
-# TB/s; from L2 they reach 720 and 750 TFLOP/s on 132 SMs. cuBLAS reaches 0.80 of wgmma's peak.
-SM90_2WG = Costs(18.0, 0.83, True, {64: 0.80}, {64: 5.45})
-SM90_3WG = Costs(18.0, 0.80, True, {64: 0.80}, {64: 5.68})
+# Fitted to the runs of equal lengths in benchmarks/h200, 112 for each pipeline: the estimate is 0.75
+# to 1.45 of the measured time, and the choice between pipelines costs 0.1 % in the geometric mean,
+# 2.4 % at worst. The least that a call takes there is 19 us for sm80 and 17 us for the others.
+# mma_share: ldmatrix feeds warp tiles of 16, 32 and 64 rows every 2.5, 2.05 and 1.6 cycles where
+# the H200 could take one every 1.5; less an estimated fifth to third for softmax. cuBLAS reaches
+# 0.80 of wgmma's peak. copy_gbs_per_sm: 128 requests of 8,192 tokens in pages of one take 380 and
+# 347 us.
+SM80 = Costs(20.3, 0.82, False, {16: 0.40, 32: 0.55, 64: 0.75}, {16: 1.26, 32: 1.58, 64: 2.40})
+SM90_2WG = Costs(17.1, 0.86, True, {64: 0.80}, {64: 4.8}, copy_gbs_per_sm=24.5)
+SM90_3WG = Costs(16.7, 0.89, True, {64: 0.80}, {64: 5.3}, copy_gbs_per_sm=26.5)
 COSTS = {"sm80": SM80, "sm90_2wg": SM90_2WG, "sm90_3wg": SM90_3WG}  # by pipeline
 
+# TMA boxes have this many rows of one page at least (src/tensor_map.cpp).
+MIN_BOX_ROWS = 16
 # The L2 of the H200 serves 9.0 to 9.4 TB/s: what row blocks re-read costs half of the first read.
 L2_PER_BANDWIDTH = 2.0
 # The peak of data-center GPUs since Hopper is wgmma's; mma.sync has 0.66 of it on the H200.
@@ -66,12 +68,17 @@ def estimate(variant: Variant, problem: Problem, device: Device) -> Estimate | N
     kv_tokens = problem.b * (problem.max_len + row_blocks * _mla.ITEM_OVERHEAD_TOKENS)
     # No worker gets less than MIN_GROUP_TOKENS; with too few tokens for all, part of the GPU idles.
     splits = max(problem.b, problem.b * problem.max_len // _mla.MIN_GROUP_TOKENS, 1)
-    busy = min(1.0, splits / device.sm_count)
+    busy = min(1.0, splits * row_blocks / device.sm_count)
 
     row_bytes = problem.d_qk * problem.dtype.itemsize
     kv_bytes = kv_tokens * row_bytes * (1 + (row_blocks - 1) / L2_PER_BANDWIDTH)
     query_bytes = problem.b * problem.rows * 2 * row_bytes
     memory_us = (kv_bytes + query_bytes) / (device.bandwidth * 1e3 * costs.bandwidth_share * busy)
+
+    if costs.copy_gbs_per_sm and problem.page_size % MIN_BOX_ROWS:
+        copied = kv_tokens * row_blocks * row_bytes  # by each row block for itself
+        copy_us = copied / (costs.copy_gbs_per_sm * 1e3 * device.sm_count * busy)
+        memory_us = max(memory_us, copy_us)
 
     flop = 2 * kv_tokens * padded_rows * (problem.d_qk + problem.d_v)
     peak = device.tflops
