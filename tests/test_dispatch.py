@@ -29,7 +29,8 @@ GPUS = {
 TARGETS = {163: "ampere_163k", 99: "ampere_99k", 227: "hopper"}
 D_QK = (576, 320, 288, 512)
 
-# (h_q, s_q) -> rows of an sm80 tile: the smallest that holds a request's rows, else the largest.
+# (h_q, s_q) -> rows of an sm80 tile where the work fills the GPU: the smallest that holds a request's
+# rows, else the largest.
 BLOCK_ROWS = {
     (1, 1): 16,
     (6, 1): 16,
@@ -46,6 +47,13 @@ BLOCK_ROWS = {
     (128, 1): 64,
     (128, 4): 64,
     (16, 512): 64,
+}
+# Where it does not, smaller tiles keep more of the GPU busy: (GPU, h_q) -> (b, kv_len) -> rows.
+FEW_TOKENS = {
+    ("A100", 32): {(1, 64): 16, (1, 8192): 16, (4, 1024): 16, (32, 64): 16},
+    ("A100", 128): {(1, 64): 32, (1, 1024): 32, (4, 64): 32, (1, 8192): 64, (32, 64): 64},
+    ("RTX 3090", 64): {(1, 64): 32, (1, 1024): 16, (4, 1024): 32, (1, 8192): 64},
+    ("RTX 4090", 128): {(1, 64): 32, (1, 1024): 32, (4, 1024): 32, (32, 64): 32, (1, 8192): 64},
 }
 
 
@@ -111,9 +119,18 @@ class TestGolden:
             assert variant.targets == TARGETS[GPUS[name][2]], (b, kv_len)
             if variant.targets == "hopper":
                 assert variant.pipeline in ("sm90_2wg", "sm90_3wg")
-            else:
-                assert variant.pipeline == "sm80"
+                continue
+            assert variant.pipeline == "sm80"
+            if b * max(kv_len // 128, 1) >= gpu(name).sm_count:
                 assert variant.block_rows == BLOCK_ROWS[h_q, s_q], (b, kv_len)
+            else:
+                assert variant.block_rows <= BLOCK_ROWS[h_q, s_q], (b, kv_len)
+
+    @pytest.mark.parametrize(("name", "h_q"), FEW_TOKENS)
+    def test_few_tokens(self, name: str, h_q: int) -> None:
+        for (b, kv_len), block_rows in FEW_TOKENS[name, h_q].items():
+            asked = problem(h_q, b=b, kv_len=kv_len)
+            assert chosen(asked, gpu(name)).block_rows == block_rows, (b, kv_len)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("page_size", [1, 3, 16, 64, 480])
