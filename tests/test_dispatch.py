@@ -29,8 +29,8 @@ GPUS = {
 TARGETS = {163: "ampere_163k", 99: "ampere_99k", 227: "hopper"}
 D_QK = (576, 320, 288, 512)
 
-# (h_q, s_q) -> rows of an sm80 tile where the work fills the GPU: the smallest that holds a request's
-# rows, else the largest.
+# (h_q, s_q) -> rows of an sm80 tile where the work fills the GPU: the smallest that holds a
+# request's rows, else the largest.
 BLOCK_ROWS = {
     (1, 1): 16,
     (6, 1): 16,

@@ -4,15 +4,15 @@
 // 64 tokens. Tiles are numbered through all pieces of the worker; tile t belongs to warpgroup t % 2, which computes
 //
 //   logits   S[64, 64] = Q K^T, both operands in shared memory,
-//   softmax  P(t), which it keeps in registers and leaves in shared memory, over the tile's RoPE columns, dead by then.
+//   softmax  P(t), which it keeps in registers and leaves in shared memory.
 //
 //   values   O[64, d_v] += P V. O is split by columns: each warpgroup owns half of them, in registers, and multiplies all tiles: its
 //            own P from registers, the other's from shared memory. The running max goes to and fro with P.
 //
-// The tensor cores compute the values of the other's tile while this warpgroup computes the softmax of its own. Each warpgroup
-// also loads what it alone multiplies: of every tile its half of the latent columns, and of the other's tiles the RoPE columns,
-// where the other's P lies until it has multiplied it. A part is refilled as soon as it is dead, for the tile `stages` on, be that
-// of this piece or of one of the next. Schedule, budgets and what was tried: sm90_2wg.md.
+// The logits of the RoPE columns and of its own half begin before the other's P is waited for; the rest, and the values of the other's
+// tile, follow, and run beside the softmax. Each warpgroup also loads what it multiplies last: of every tile its half of the latent
+// columns, and of its own tiles the RoPE columns. A part is refilled as soon as it is dead, for the tile `stages` on, be that of this
+// piece or of one of the next. Schedule, budgets and what was tried: sm90_2wg.md.
 
 #include <cstddef>
 
@@ -38,8 +38,8 @@ struct Number {
 template <class C>
 struct Smem2wg {
   using L = TileLayout<C>;
-  unsigned char q[L::q_bytes];
-  unsigned char kv[C::stages][L::loaded_bytes];
+  unsigned char q[L::bytes];
+  unsigned char kv[C::stages][L::bytes];
   unsigned char p[kChunkBytes];              // of the latest tile; who writes the next one has multiplied it
   float row_max[kGroups][C::block_rows];     // that the P of a warpgroup's latest tile refers to
   float row_sum[2][kGroups][C::block_rows];  // of P over a warpgroup's tiles, by parity of the piece
@@ -62,7 +62,7 @@ __device__ __forceinline__ void decode_pieces(const DecodeParams& p) {
   auto owner_of = [](int t) { return static_cast<int>(static_cast<uint32_t>(t) % kGroups); };
   auto stage_of = [](int t) { return static_cast<int>(static_cast<uint32_t>(t) % C::stages); };
   auto parity_of = [](int t) { return static_cast<int>(static_cast<uint32_t>(t) / C::stages % 2); };
-  auto kv_at = [&](int t) -> uint32_t { return smem + offsetof(Smem, kv) + stage_of(t) * L::loaded_bytes; };
+  auto kv_at = [&](int t) -> uint32_t { return smem + offsetof(Smem, kv) + stage_of(t) * L::bytes; };
   auto landed_at = [&](int t, int chunk) -> uint32_t {
     return smem + offsetof(Smem, landed) + (stage_of(t) * L::k_chunks + chunk) * kMbarrierBytes;
   };
@@ -203,7 +203,7 @@ __device__ __forceinline__ void decode_pieces(const DecodeParams& p) {
   const uint64_t q_desc = k_major(smem + offsetof(Smem, q)), k_desc = k_major(smem + offsetof(Smem, kv));
   const uint64_t p_desc = k_major(smem + offsetof(Smem, p));
   const uint64_t v_desc = mn_major(smem + offsetof(Smem, kv) + first_chunk * kChunkBytes);
-  auto in_stage = [&](uint64_t desc, int t) { return pinned(desc + stage_of(t) * descriptor_step(L::loaded_bytes)); };
+  auto in_stage = [&](uint64_t desc, int t) { return pinned(desc + stage_of(t) * descriptor_step(L::bytes)); };
 
   // Zeroes what V has behind the request's end, in the half that this warpgroup multiplies. Copies by address have done so.
   auto clear_tail = [&](int t) {

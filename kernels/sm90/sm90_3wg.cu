@@ -10,9 +10,10 @@
 //   values   Warpgroup w owns half w of O's columns, in registers, and adds P V of every tile: of its own tiles with P from registers,
 //            of the other's with P from shared memory.
 //
-// In the loop a warpgroup issues the logits of its tile and the values of the other's tile before it, computes the softmax while
-// the latter run, and then adds the values of its own tile. The running max passes to and fro with P. Schedule, budgets, barriers:
-// sm90_3wg.md.
+// In the loop a warpgroup begins the logits of its tile (RoPE and its own half of the columns) before it waits for the other's P. The rest
+// of the logits and the values of the other's tile follow, the former first if other workers read the same KV, and else the latter, whose
+// stage is then free sooner. Then come the softmax and the values of its own tile. The running max passes to and fro with P. Schedule,
+// budgets, barriers: sm90_3wg.md.
 
 #include <cstddef>
 
@@ -35,8 +36,8 @@ enum Barrier : int {
 
 template <class C>
 struct Smem {
-  uint8_t q[TileLayout<C>::q_bytes];
-  uint8_t tiles[C::stages][TileLayout<C>::loaded_bytes];
+  uint8_t q[TileLayout<C>::bytes];
+  uint8_t tiles[C::stages][TileLayout<C>::bytes];
   uint8_t p[kChunkBytes];                             // of the latest tile; whoever writes the next has multiplied it
   RowBlock block[2];                                  // by parity of the piece; no tiles: there is no more
   float row_sum[2][kConsumers][C::block_rows];        // by parity of the piece
@@ -67,9 +68,7 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
                 "the smem column of variants.inc must be sizeof(Smem) + what aligning it may take");
   extern __shared__ __align__(1024) unsigned char smem_bytes[];
   const uint32_t smem = (shared_address(smem_bytes) + alignment - 1) / alignment * alignment;
-  auto tile_at = [&](int stage) {
-    return smem + static_cast<uint32_t>(offsetof(Smem<C>, tiles)) + stage * L::loaded_bytes;
-  };
+  auto tile_at = [&](int stage) { return smem + static_cast<uint32_t>(offsetof(Smem<C>, tiles)) + stage * L::bytes; };
   auto block_at = [&](int parity) {
     return smem + static_cast<uint32_t>(offsetof(Smem<C>, block) + parity * sizeof(RowBlock));
   };
@@ -251,7 +250,7 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
     const uint64_t q_operand = k_major(smem), k_operand = k_major(tile_at(0));
     const uint64_t p_operand = k_major(smem + static_cast<uint32_t>(offsetof(Smem<C>, p)));
     const uint64_t v_operand = mn_major(tile_at(0) + warpgroup * L::half_chunks * kChunkBytes);
-    auto stage_step = [](int stage) { return static_cast<uint64_t>(stage * (L::loaded_bytes >> 4)); };
+    auto stage_step = [](int stage) { return static_cast<uint64_t>(stage * (L::bytes >> 4)); };
 
     float s[32], o[L::o_registers];
     uint32_t own_p[4][4];

@@ -1,8 +1,8 @@
 // KV tiles and Q in shared memory: layout, descriptors for wgmma, and the ways by which KV gets there.
 //
 // Everything is in chunks of 64 columns: [64 rows][128 bytes], 8 KB, aligned to 1024, the eight 16-byte units of row r permuted by
-// XOR with r % 8 (TMA's 128-byte swizzle). A tile of 64 tokens is d_v / 64 such chunks of the latent and one more: the RoPE columns,
-// and, once the logits of the tile are computed, P[64 rows][64 tokens] in the same layout. Without RoPE columns it is P's alone.
+// XOR with r % 8 (TMA's 128-byte swizzle). A tile of 64 tokens is d_v / 64 such chunks of the latent, and one of the RoPE columns if
+// there are any. P[64 rows][64 tokens] is one chunk in the same layout.
 #pragma once
 
 #include "../common/math.cuh"
@@ -20,10 +20,9 @@ struct TileLayout {
   static constexpr int v_chunks = C::d_v / kChunkColumns;         // of the latent
   static constexpr int half_chunks = v_chunks / 2;                // of the half of O's columns that a warpgroup owns
   static constexpr int k_chunks = v_chunks + (rope > 0 ? 1 : 0);  // that are loaded, and of Q
-  static constexpr int last_chunk = v_chunks;                     // RoPE, then P
-  static constexpr int bytes = (v_chunks + 1) * kChunkBytes, q_bytes = k_chunks * kChunkBytes;
-  static constexpr int loaded_bytes = k_chunks * kChunkBytes;  // of a stage whose P lies elsewhere
-  static constexpr int o_registers = C::d_v / 4;               // of a thread, for 64 rows of half of the columns
+  static constexpr int last_chunk = v_chunks;                     // RoPE
+  static constexpr int bytes = k_chunks * kChunkBytes;            // of a tile, and of Q
+  static constexpr int o_registers = C::d_v / 4;                  // of a thread, for 64 rows of half of the columns
 
   __host__ __device__ static constexpr int columns(int chunk) { return chunk < v_chunks ? kChunkColumns : rope; }
   __host__ __device__ static constexpr int k_steps(int chunk) { return columns(chunk) / 16; }

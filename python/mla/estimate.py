@@ -21,13 +21,13 @@ class Costs(NamedTuple):
     copy_gbs_per_sm: float = 0.0  # into shared memory, of pages that TMA has no boxes for
 
 
-# Fitted to the runs of equal lengths in benchmarks/h200, 112 for each pipeline: the estimate is 0.75
-# to 1.45 of the measured time, and the choice between pipelines costs 0.1 % in the geometric mean,
-# 2.4 % at worst. The least that a call takes there is 19 us for sm80 and 17 us for the others.
-# mma_share: ldmatrix feeds warp tiles of 16, 32 and 64 rows every 2.5, 2.05 and 1.6 cycles where
-# the H200 could take one every 1.5; less an estimated fifth to third for softmax. cuBLAS reaches
-# 0.80 of wgmma's peak. copy_gbs_per_sm: 128 requests of 8,192 tokens in pages of one take 380 and
-# 347 us.
+# Fitted to the runs of equal lengths in benchmarks/h200, 112 for each pipeline: the estimate is
+# 0.75 to 1.45 of the measured time, and the choice between pipelines costs 0.1 % in the geometric
+# mean, 2.4 % at worst. The least that a call takes there is 19 us for sm80 and 17 us for the
+# others. mma_share: ldmatrix feeds warp tiles of 16, 32 and 64 rows every 2.5, 2.05 and 1.6 cycles
+# where the H200 could take one every 1.5; less an estimated fifth to third for softmax. cuBLAS
+# reaches 0.80 of wgmma's peak. copy_gbs_per_sm: 128 requests of 8,192 tokens in pages of one take
+# 380 and 347 us.
 SM80 = Costs(20.3, 0.82, False, {16: 0.40, 32: 0.55, 64: 0.75}, {16: 1.26, 32: 1.58, 64: 2.40})
 SM90_2WG = Costs(17.1, 0.86, True, {64: 0.80}, {64: 4.8}, copy_gbs_per_sm=24.5)
 SM90_3WG = Costs(16.7, 0.89, True, {64: 0.80}, {64: 5.3}, copy_gbs_per_sm=26.5)
