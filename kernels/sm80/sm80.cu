@@ -552,7 +552,8 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
     int tiles = piece.end_tile - piece.first_tile - me.tile_group();  // of the group: that many over tile_groups
 #pragma unroll 1
     for (tiles = warp_uniform(tiles); tiles > 0; tiles -= S::tile_groups) {
-      if constexpr (S::tight) asm volatile("" : "+r"(me.thread));  // what follows from it is not worth registers
+      if constexpr (S::tight && C::block_n > 16)
+        asm volatile("" : "+r"(me.thread));  // what follows from it is not worth the registers that two passes need
       const int free_stage = stage == 0 ? S::ring_stages - 1 : stage - 1,
                 free_parity = stage == 0 ? parity ^ 1 : parity;
       const int next_stage = stage + 1 == S::ring_stages ? 0 : stage + 1,
@@ -588,8 +589,8 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
         if constexpr (step.value == value_steps - 2) landed = mbarrier_ended(full_at(next_stage), next_parity);
       });
       if constexpr (!S::copies_beside_logits) cp_async_arrive(full_at(free_stage));
-      mbarrier_arrive(
-          empty_at(stage));  // each thread for itself: compute-sanitizer does not follow one that speaks for a warp
+      // Each thread for itself: compute-sanitizer does not follow one that speaks for its warp.
+      mbarrier_arrive(empty_at(stage));
       stage = next_stage, parity = next_parity;
     }
     const Piece& done = pieces()[__float_as_int(load_shared(index_at()))];
