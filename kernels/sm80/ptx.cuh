@@ -4,70 +4,10 @@
 #include <cstdint>
 
 #include "../common/dtype.cuh"
+#include "../common/shared.cuh"
 
 namespace mla::sm80 {
 
-// Shared memory is addressed by 32-bit numbers throughout: ptxas rebuilds the address of a C++ object on every use (on sm_90
-// with a read of a special register), a number that it cannot see through it keeps.
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(p));
-  asm volatile("" : "+r"(address));
-  return address;
-}
-
-template <int N>
-__device__ __forceinline__ void load_shared(float (&x)[N], uint32_t from) {
-  static_assert(N == 1 || N == 2 || N % 4 == 0);
-  if constexpr (N == 1) {
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x[0]) : "r"(from) : "memory");
-  } else if constexpr (N == 2) {
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x[0]), "=f"(x[1]) : "r"(from) : "memory");
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; i += 4)
-      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                   : "=f"(x[i]), "=f"(x[i + 1]), "=f"(x[i + 2]), "=f"(x[i + 3])
-                   : "r"(from + i * 4)
-                   : "memory");
-  }
-}
-__device__ __forceinline__ float load_shared(uint32_t from) {
-  float x[1];
-  load_shared(x, from);
-  return x[0];
-}
-__device__ __forceinline__ void store_shared(uint32_t to, float x) {
-  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
-}
-__device__ __forceinline__ void store_shared(uint32_t to, float x, float y) {
-  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x), "f"(y) : "memory");
-}
-__device__ __forceinline__ void store_shared_quad(uint32_t to, const float (&x)[4]) {
-  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3])
-               : "memory");
-}
-// Any struct of 16-byte size and alignment multiples.
-template <class Struct>
-__device__ __forceinline__ void store_shared_struct(uint32_t to, const Struct& x) {
-  static_assert(sizeof(Struct) % 16 == 0 && alignof(Struct) == 16);
-  const uint4* words = reinterpret_cast<const uint4*>(&x);
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(Struct) / 16); ++i)
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to + i * 16), "r"(words[i].x), "r"(words[i].y),
-                 "r"(words[i].z), "r"(words[i].w)
-                 : "memory");
-}
-template <class Struct>
-__device__ __forceinline__ void load_shared_struct(Struct& x, uint32_t from) {
-  static_assert(sizeof(Struct) % 16 == 0 && alignof(Struct) == 16);
-  uint4* words = reinterpret_cast<uint4*>(&x);
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(Struct) / 16); ++i)
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words[i].x), "=r"(words[i].y), "=r"(words[i].z), "=r"(words[i].w)
-                 : "r"(from + i * 16)
-                 : "memory");
-}
 // N floats, rounded to 16 bits.
 template <class T, int N>
 __device__ __forceinline__ void store_shared_as(uint32_t to, const float (&x)[N]) {
@@ -110,9 +50,6 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
 }
 // Even lanes get the first two words of both of a pair, odd lanes the last two.
 __device__ __forceinline__ void gather_pairs(uint32_t (&x)[4]) { exchange_words<1, 2>(x); }
-
-// Tells the compiler that all lanes hold the same value, so that it can live in a uniform register.
-__device__ __forceinline__ int warp_uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 // Copies 16 bytes past L1, both addresses `Offset` bytes on (ptxas does not fold an addition into the instruction by itself);
 // with `valid` false writes 16 zero bytes and reads nothing.

@@ -4,48 +4,13 @@
 #include <cstdint>
 
 #include "../common/dtype.cuh"
+#include "../common/shared.cuh"
 #include "../params.h"
 
 namespace mla::sm90 {
 
-// ---- shared memory, addressed by 32-bit numbers throughout ----
+// ---- shared memory ----
 
-// ptxas rebuilds the address of a C++ object on every use; a number that it cannot see through it keeps.
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(p));
-  asm volatile("" : "+r"(address));
-  return address;
-}
-__device__ __forceinline__ float load_shared(uint32_t from) {
-  float x;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(from) : "memory");
-  return x;
-}
-__device__ __forceinline__ void store_shared(uint32_t to, float x) {
-  asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
-}
-// Any struct of 16-byte size and alignment multiples.
-template <class Struct>
-__device__ __forceinline__ void store_shared_struct(uint32_t to, const Struct& x) {
-  static_assert(sizeof(Struct) % 16 == 0 && alignof(Struct) == 16);
-  const uint4* words = reinterpret_cast<const uint4*>(&x);
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(Struct) / 16); ++i)
-    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to + i * 16), "r"(words[i].x), "r"(words[i].y),
-                 "r"(words[i].z), "r"(words[i].w)
-                 : "memory");
-}
-template <class Struct>
-__device__ __forceinline__ void load_shared_struct(Struct& x, uint32_t from) {
-  static_assert(sizeof(Struct) % 16 == 0 && alignof(Struct) == 16);
-  uint4* words = reinterpret_cast<uint4*>(&x);
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(Struct) / 16); ++i)
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words[i].x), "=r"(words[i].y), "=r"(words[i].z), "=r"(words[i].w)
-                 : "r"(from + i * 16)
-                 : "memory");
-}
 __device__ __forceinline__ void store_shared_zeros_16(uint32_t to) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(to), "r"(0) : "memory");
 }
@@ -58,9 +23,6 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t to, const uint32_t (&r)[4])
 // Orders this thread's ordinary accesses to shared memory before what wgmma and TMA (the async proxy) do there later; another
 // thread's wgmma or TMA needs a barrier behind it as well.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// Tells the compiler that all lanes hold the same value, so that it can live in a uniform register.
-__device__ __forceinline__ int warp_uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 // True in one lane, for a whole warp. ptxas knows that it is one: behind this TMA takes uniform registers as they are, behind any other
 // condition it gets a loop over lanes.
