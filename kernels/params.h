@@ -122,6 +122,9 @@ struct DecodeParams {
   TensorMap latent_map, rope_map;
 };
 
+// TMA boxes of the cache have at least this many rows of one page; pages that none fit are copied row by row.
+constexpr int kMinBoxRows = 16;
+
 // Launch shapes of the two small kernels; those of the pipelines are in variants.inc.
 constexpr int kPlanThreads = 512;  // one CTA; the sums over group sizes need more registers than 1024 threads have
 constexpr int kCombineThreads = 256, kCombineCtasPerWorker = 8;  // at most as many as an SM holds

@@ -149,6 +149,7 @@ NB_MODULE(_mla, m) {
 
   m.attr("ITEM_OVERHEAD_TOKENS") = schedule::kItemOverheadTokens;
   m.attr("MIN_GROUP_TOKENS") = schedule::kMinGroupTokens;
+  m.attr("MIN_BOX_ROWS") = kMinBoxRows;
   m.attr("MAX_LEN") = schedule::kMaxLen;
 
   m.def("build_info", &build_info,

@@ -14,8 +14,7 @@ namespace {
 static_assert(sizeof(TensorMap) == sizeof(CUtensorMap));
 
 constexpr cuuint32_t kBoxColumns = 64;  // 128 bytes, the width of the swizzle
-// Boxes with fewer rows than the least cost more to issue than copies by address do.
-constexpr int32_t kMaxBoxRows = 64, kMinBoxRows = 16;
+constexpr int32_t kMaxBoxRows = 64;
 // What the hardware can address.
 constexpr cuuint64_t kStrideMultiple = 16, kStrideLimit = cuuint64_t{1} << 40;
 // A model has a cache for each layer. When there are more maps than this, they belong to caches that are no more.

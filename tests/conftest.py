@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from mla import log
@@ -52,3 +56,21 @@ def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MLA_VARIANT", "MLA_LOG", "MLA_VALIDATE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(log, "_said", set())
+
+
+@pytest.fixture(scope="session")
+def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the stand-in libcuda.so.1."""
+    from fake_driver import build_driver  # needs packages that most tests do without
+
+    folder = tmp_path_factory.mktemp("driver")
+    build_driver(folder)
+    return folder
+
+
+@pytest.fixture
+def run(fake_driver: Path, tmp_path: Path) -> Any:
+    """Runs a script beside the stand-in driver: run_script."""
+    from fake_driver import run_script
+
+    return partial(run_script, driver=fake_driver, log=tmp_path / "log")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +14,13 @@ from fake_driver import (
     WORKERS,
     DecodeParams,
     Lengths,
-    build_driver,
     filled_params,
-    run_script,
     values_of,
 )
 from mla import _mla
 
 GPU_VARIANTS = [v for v in _mla.variants() if v["pipeline"] != "cpu"]
 NAMES = [v["name"] for v in GPU_VARIANTS]
-
-
-@pytest.fixture(scope="session")
-def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the stand-in libcuda.so.1."""
-    folder = tmp_path_factory.mktemp("driver")
-    build_driver(folder)
-    return folder
-
-
-@pytest.fixture
-def run(fake_driver: Path, tmp_path: Path) -> Any:
-    """Runs a script beside the stand-in driver: run_script."""
-    return partial(run_script, driver=fake_driver, log=tmp_path / "log")
 
 
 def test_params_are_zero_at_first_and_keep_what_they_are_given() -> None:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_driver import DecodeParams, Done, build_driver, run_script
+from fake_driver import DecodeParams, Done
 from mla import _mla
 
 VARIANTS = [v for v in _mla.variants() if v["targets"] == "hopper"]
@@ -21,18 +19,6 @@ PAGES = 1000
 TYPES = {"bfloat16": 9, "float16": 6}  # of CUtensorMapDataType
 # No interleave, swizzle of 128 bytes, L2 promotion to 128 bytes, zeros outside: of the enums.
 MODES = [0, 3, 2, 0]
-
-
-@pytest.fixture(scope="module")
-def fake_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("driver")
-    build_driver(folder)
-    return folder
-
-
-@pytest.fixture
-def run(fake_driver: Path, tmp_path: Path) -> Any:
-    return partial(run_script, driver=fake_driver, log=tmp_path / "log")
 
 
 def packed(row: dict[str, Any], page_size: int) -> dict[str, int]:

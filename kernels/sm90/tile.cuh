@@ -80,8 +80,7 @@ __device__ __forceinline__ int pool_page(const DecodeParams& p, Slot slot) {
 
 // ---- loading by TMA, in boxes of `box_rows` tokens of a chunk ----
 
-// Smaller boxes are left to the copies by address.
-constexpr int kMinBoxRows = 16, kMaxBoxes = kTileTokens / kMinBoxRows;
+constexpr int kMaxBoxes = kTileTokens / kMinBoxRows;
 __device__ __forceinline__ bool has_boxes(const DecodeParams& p) { return p.box_rows >= kMinBoxRows; }
 
 // Lane i of a warp has box i of a tile; boxes that begin behind the request's end do not exist.

@@ -33,8 +33,6 @@ SM90_2WG = Costs(17.1, 0.86, True, {64: 0.80}, {64: 4.8}, copy_gbs_per_sm=24.5)
 SM90_3WG = Costs(16.7, 0.89, True, {64: 0.80}, {64: 5.3}, copy_gbs_per_sm=26.5)
 COSTS = {"sm80": SM80, "sm90_2wg": SM90_2WG, "sm90_3wg": SM90_3WG}  # by pipeline
 
-# TMA boxes have this many rows of one page at least (src/tensor_map.cpp).
-MIN_BOX_ROWS = 16
 # The L2 of the H200 serves 9.0 to 9.4 TB/s: what row blocks re-read costs half of the first read.
 L2_PER_BANDWIDTH = 2.0
 # The peak of data-center GPUs since Hopper is wgmma's; mma.sync has 0.66 of it on the H200.
@@ -75,7 +73,7 @@ def estimate(variant: Variant, problem: Problem, device: Device) -> Estimate | N
     query_bytes = problem.b * problem.rows * 2 * row_bytes
     memory_us = (kv_bytes + query_bytes) / (device.bandwidth * 1e3 * costs.bandwidth_share * busy)
 
-    if costs.copy_gbs_per_sm and problem.page_size % MIN_BOX_ROWS:
+    if costs.copy_gbs_per_sm and problem.page_size % _mla.MIN_BOX_ROWS:
         copied = kv_tokens * row_blocks * row_bytes  # by each row block for itself
         copy_us = copied / (costs.copy_gbs_per_sm * 1e3 * device.sm_count * busy)
         memory_us = max(memory_us, copy_us)
