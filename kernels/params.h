@@ -36,15 +36,17 @@ struct alignas(64) TensorMap {
   uint64_t words[16];
 };
 
-// A schedule in device memory: this header, PlanWorker[num_workers], SplitItem[num_workers], then the pieces and what only the
-// planner reads. What the words mean and how large the whole is: common/schedule.h.
+// A schedule in device memory: this header, PlanWorker[num_workers], the pieces, the SplitItems, and what only the planner reads.
+// What the words mean and how large the whole is: common/schedule.h and, of a batch-invariant one, common/parts.h.
 struct PlanHeader {
-  int64_t units_per_group;
-  int64_t item_span;   // units from one item to the next; 0: as many as the item has
-  int32_t num_groups;  // that have work, at most num_workers / group_size
-  int32_t group_size;  // workers side by side on the same KV, one row block each
-  int32_t num_splits;  // valid SplitItems
-  int32_t reserved;
+  int64_t units_per_group;  // 0 if batch-invariant
+  int64_t item_span;        // units from one item to the next; 0: as many as the item has
+  int64_t splits_at;        // bytes from here to the SplitItems
+  int32_t num_groups;       // that may have work, at most num_workers / group_size
+  int32_t group_size;       // workers side by side on the same KV, one row block each
+  int32_t num_splits;       // valid SplitItems
+  int32_t batch_invariant;  // what is added to what, and in which order, depends on each request alone
+  int32_t reserved[2];
 };
 
 // What one CTA computes: pieces [first_piece, end_piece), of each the row block `member` of the bundle.
@@ -65,11 +67,12 @@ struct Piece {
   int32_t partial_slot;  // -1: the piece is the whole item, its result is final
 };
 
-// An item whose KV several groups share, so that their partial results must be combined.
+// An item in several pieces, whose partial results must be combined: that of piece 0 is at first_slot, that of piece i > 0 at
+// second_slot + (i - 1) * slot_step.
 struct SplitItem {
   int32_t request, first_token, num_tokens, first_row;  // as in Piece
-  int32_t first_group, last_group;
-  int32_t reserved[2];
+  int32_t num_pieces;
+  int32_t first_slot, second_slot, slot_step;  // of member 0
 };
 
 // What is attended to: the part of a problem that a schedule depends on.
@@ -110,10 +113,11 @@ struct DecodeParams {
 
   FastDivisor by_page_size, by_h_q;  // filled in by the launch
 
-  const PlanHeader* plan;  // lengths as they were when it was made; num_workers as here
-  int32_t num_workers;     // CTAs of the grid
-  float* o_partial;        // [2 * num_workers, block_rows, d_v]
-  float* lse2_partial;     // [2 * num_workers, block_rows], base 2
+  const PlanHeader* plan;   // lengths as they were when it was made; num_workers as here
+  int32_t num_workers;      // CTAs of the grid
+  int32_t batch_invariant;  // the planner is to make such a plan, and partial results have that many slots
+  float* o_partial;         // [slots, block_rows, d_v]
+  float* lse2_partial;      // [slots, block_rows], base 2
 
   // What boxes of the cache are fetched by, filled in by the launch for the pipelines that do: 3-D (column, slot, page), boxes of
   // 64 columns x box_rows slots x 1 page, 128-byte swizzle, zeros for what lies outside. A box of the rope map is as wide, although
@@ -130,6 +134,6 @@ constexpr int kPlanThreads = 512;  // one CTA; the sums over group sizes need mo
 constexpr int kCombineThreads = 256, kCombineCtasPerWorker = 8;  // at most as many as an SM holds
 
 static_assert(sizeof(TensorMap) == 128);
-static_assert(sizeof(PlanHeader) == 32 && sizeof(PlanWorker) == 16 && sizeof(Piece) == 32 && sizeof(SplitItem) == 32);
+static_assert(sizeof(PlanHeader) == 48 && sizeof(PlanWorker) == 16 && sizeof(Piece) == 32 && sizeof(SplitItem) == 32);
 
 }  // namespace mla

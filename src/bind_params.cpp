@@ -43,13 +43,14 @@ T* from_python(uintptr_t value, T*) {
   X(out, out) X(out_batch, out_strides.batch) X(out_token, out_strides.token) X(out_head, out_strides.head)         \
   X(lse, lse) X(lse_batch, lse_strides.batch) X(lse_token, lse_strides.token) X(lse_head, lse_strides.head)         \
   X(scale_log2, scale_log2) X(causal, causal) X(plan, plan) X(num_workers, num_workers)                             \
+  X(batch_invariant, batch_invariant)                                                                               \
   X(o_partial, o_partial) X(lse2_partial, lse2_partial)
 // clang-format on
 
 #define X(name, field) +sizeof(DecodeParams::field)
 constexpr size_t kFilledByLaunch = 2 * sizeof(FastDivisor) + sizeof(DecodeParams::box_rows) + 2 * sizeof(TensorMap);
-constexpr size_t kPaddingAfterNumWorkers = 4, kPaddingBeforeMaps = 20;
-static_assert(0 MLA_PARAMS(X) + kFilledByLaunch + kPaddingAfterNumWorkers + kPaddingBeforeMaps == sizeof(DecodeParams),
+constexpr size_t kPaddingBeforeMaps = 20;
+static_assert(0 MLA_PARAMS(X) + kFilledByLaunch + kPaddingBeforeMaps == sizeof(DecodeParams),
               "a field of params.h has no attribute");
 #undef X
 

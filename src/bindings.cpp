@@ -85,7 +85,7 @@ nb::bytes image(std::string_view name) {
 
 Record host_schedule(const std::vector<int32_t>& seq_lens, const std::optional<std::vector<int32_t>>& cu_seqlens_q,
                      int32_t s_q, int32_t total_q, int32_t h_q, int64_t max_len, int32_t block_rows, int32_t block_n,
-                     int32_t num_workers) {
+                     int32_t num_workers, bool batch_invariant) {
   if (cu_seqlens_q && cu_seqlens_q->size() != seq_lens.size() + 1)
     throw nb::value_error("cu_seqlens_q must have one element more than seq_lens");
   if (h_q < 1 || block_rows < 1 || block_n < 1 || num_workers < 1)
@@ -98,13 +98,13 @@ Record host_schedule(const std::vector<int32_t>& seq_lens, const std::optional<s
   lengths.total_q = total_q;
   lengths.h_q = h_q;
   lengths.max_len = max_len;
-  const HostSchedule made = make_host_schedule(lengths, {block_rows, block_n}, num_workers);
+  const HostSchedule made = make_host_schedule(lengths, {block_rows, block_n}, num_workers, batch_invariant);
 
   nb::list pieces, splits;
   for (const WorkerPiece& p : made.pieces)
     pieces.append(
         nb::make_tuple(p.worker, p.request, p.row_block, p.first_token, p.last_token, p.starts, p.ends, p.slot));
-  for (const Split& s : made.splits) splits.append(nb::make_tuple(s.request, s.bundle, s.first_group, s.last_group));
+  for (const Split& s : made.splits) splits.append(nb::make_tuple(s.request, s.bundle, s.slots));
   nb::dict result;
   result["units_per_group"] = made.header.units_per_group;
   result["num_groups"] = made.header.num_groups;
@@ -165,16 +165,16 @@ NB_MODULE(_mla, m) {
 
   m.def(
       "plan_bytes",
-      [](std::string_view variant, const DecodeParams& params) {
-        return schedule::plan_bytes(params.lengths, shape_of(find_variant(variant)), params.num_workers);
-      },
+      [](std::string_view variant, const DecodeParams& params) { return plan_bytes(find_variant(variant), params); },
       "variant"_a, "params"_a, "Size of the plan that launch_plan would write. No pointer is followed.");
   m.def(
-      "workspace_bytes",
-      [](std::string_view variant, int64_t num_workers) { return workspace_bytes(find_variant(variant), num_workers); },
-      "variant"_a, "num_workers"_a, "Size of o_partial and, behind it, lse2_partial.");
+      "partial_slots",
+      [](std::string_view variant, const DecodeParams& params) { return partial_slots(find_variant(variant), params); },
+      "variant"_a, "params"_a,
+      "How many partial results o_partial, float32 [slots, block_rows, d_v], and lse2_partial, [slots, block_rows], "
+      "must have room for.");
   m.def("schedule", &host_schedule, "seq_lens"_a, "cu_seqlens_q"_a.none(), "s_q"_a, "total_q"_a, "h_q"_a, "max_len"_a,
-        "block_rows"_a, "block_n"_a, "num_workers"_a,
+        "block_rows"_a, "block_n"_a, "num_workers"_a, "batch_invariant"_a = false,
         "The schedule that launch_plan would write, made on the host, with the pieces that it gives each worker.");
 
   m.def(
@@ -187,7 +187,7 @@ NB_MODULE(_mla, m) {
         launch_plan(find_variant(variant), params, device, stream);
       },
       "variant"_a, "params"_a, "device"_a, "stream"_a,
-      "Writes the schedule for params' lengths and num_workers to params.plan.");
+      "Writes the schedule for params' lengths, num_workers and batch_invariant to params.plan.");
   m.def(
       "launch_decode",
       [](std::string_view variant, std::string_view dtype, const DecodeParams& params, int device, uintptr_t stream) {

@@ -3,21 +3,13 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "host_plan.h"
+
 namespace mla {
 
 using namespace schedule;
 
 namespace {
-
-// A plan as it lies in device memory, in parts.
-struct Plan {
-  PlanHeader header{};
-  std::vector<PlanWorker> workers;
-  std::vector<SplitItem> splits;
-  std::vector<Piece> pieces;        // [max_pieces]
-  std::vector<int64_t> first_unit;  // [num_requests + 1]
-  std::vector<int32_t> first_item;  // [num_requests + 1]
-};
 
 PlanHeader choose_cuts(const Lengths& lengths, Shape shape, int32_t num_workers) {
   int64_t units[kMaxGroupSize] = {}, least_units = INT64_MAX, most_units = 0;
@@ -35,24 +27,23 @@ PlanHeader choose_cuts(const Lengths& lengths, Shape shape, int32_t num_workers)
   return make_header(units[group_size - 1], common_units, shape, group_size, num_workers);
 }
 
-Plan make_plan(const Lengths& lengths, Shape shape, int32_t num_workers) {
-  Plan plan;
+HostPlan make_plan(const Lengths& lengths, Shape shape, int32_t num_workers) {
+  HostPlan plan;
   plan.header = choose_cuts(lengths, shape, num_workers);
   const int32_t group_size = plan.header.group_size;
-  plan.first_unit.push_back(0);
-  plan.first_item.push_back(0);
+  std::vector<int64_t> first_unit{0};
+  std::vector<int32_t> first_item{0};
   for (int32_t i = 0; i < lengths.num_requests; ++i) {
     const Request request = request_at(lengths, shape, i);
-    plan.first_unit.push_back(plan.first_unit.back() +
-                              request_units(request, shape, group_size, plan.header.item_span));
-    plan.first_item.push_back(plan.first_item.back() + bundles(request, group_size));
+    first_unit.push_back(first_unit.back() + request_units(request, shape, group_size, plan.header.item_span));
+    first_item.push_back(first_item.back() + bundles(request, group_size));
   }
-  const int64_t num_units = plan.first_unit.back();
+  const int64_t num_units = first_unit.back();
   plan.pieces.resize(static_cast<size_t>(max_pieces(lengths, shape, num_workers)));
 
-  auto item_of_unit = [&](int64_t unit) { return item_at(lengths, shape, plan.header, plan.first_unit.data(), unit); };
+  auto item_of_unit = [&](int64_t unit) { return item_at(lengths, shape, plan.header, first_unit.data(), unit); };
   auto write_piece = [&](const Item& item, int32_t g) {
-    const int64_t number = item_number(item, plan.first_item.data()) + g;
+    const int64_t number = item_number(item, first_item.data()) + g;
     if (number >= static_cast<int64_t>(plan.pieces.size()))
       throw std::invalid_argument("cu_seqlens_q makes too many pieces");
     plan.pieces[static_cast<size_t>(number)] = make_piece(item, shape, plan.header, g);
@@ -72,9 +63,8 @@ Plan make_plan(const Lengths& lengths, Shape shape, int32_t num_workers) {
     }
     plan.workers.push_back(range);
   }
-  for (int32_t number = 0; number < plan.first_item.back(); ++number) {
-    const Item item =
-        numbered_item(lengths, shape, plan.header, plan.first_unit.data(), plan.first_item.data(), number);
+  for (int32_t number = 0; number < first_item.back(); ++number) {
+    const Item item = numbered_item(lengths, shape, plan.header, first_unit.data(), first_item.data(), number);
     write_piece(item, static_cast<int32_t>(item.begin / plan.header.units_per_group));
   }
   plan.header.num_splits = static_cast<int32_t>(plan.splits.size());
@@ -83,8 +73,9 @@ Plan make_plan(const Lengths& lengths, Shape shape, int32_t num_workers) {
 
 }  // namespace
 
-HostSchedule make_host_schedule(const Lengths& lengths, Shape shape, int32_t num_workers) {
-  const Plan plan = make_plan(lengths, shape, num_workers);
+HostSchedule make_host_schedule(const Lengths& lengths, Shape shape, int32_t num_workers, bool batch_invariant) {
+  const HostPlan plan =
+      batch_invariant ? make_plan_of_parts(lengths, shape, num_workers) : make_plan(lengths, shape, num_workers);
   HostSchedule result{plan.header, {}, {}};
   for (int32_t worker = 0; worker < num_workers; ++worker) {
     const PlanWorker& range = plan.workers[static_cast<size_t>(worker)];
@@ -101,9 +92,11 @@ HostSchedule make_host_schedule(const Lengths& lengths, Shape shape, int32_t num
                                whole ? -1 : piece.partial_slot + range.member});
     }
   }
-  for (const SplitItem& split : plan.splits)
-    result.splits.push_back({split.request, split.first_row / (shape.block_rows * plan.header.group_size),
-                             split.first_group, split.last_group});
+  for (const SplitItem& split : plan.splits) {
+    Split slots{split.request, split.first_row / (shape.block_rows * plan.header.group_size), {split.first_slot}};
+    for (int32_t i = 1; i < split.num_pieces; ++i) slots.slots.push_back(split.second_slot + (i - 1) * split.slot_step);
+    result.splits.push_back(slots);
+  }
   return result;
 }
 

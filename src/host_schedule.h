@@ -1,5 +1,5 @@
-// The schedule of kernels/common/schedule.h, made on the host as kernels/common/plan.cu makes it on the device: what
-// the tests check, and what explains a plan to a person.
+// The schedules of kernels/common/schedule.h and parts.h, made on the host as kernels/common/plan.cu and plan_parts.cu
+// make them on the device: what the tests check, and what explains a plan to a person.
 #pragma once
 
 #include <cstdint>
@@ -17,10 +17,10 @@ struct WorkerPiece {
   int32_t slot;       // of its partial result; -1 when it both starts and ends, and is final
 };
 
-// An item in several pieces.
+// An item in several pieces, and the slots of their partial results, of member 0, in the order of the tokens.
 struct Split {
   int32_t request, bundle;
-  int32_t first_group, last_group;
+  std::vector<int32_t> slots;
 };
 
 struct HostSchedule {
@@ -31,6 +31,7 @@ struct HostSchedule {
 
 // The pointers of `lengths` are to host memory. num_workers, h_q and the shape are positive. Throws
 // std::invalid_argument when cu_seqlens_q makes more pieces than a plan has room for, as values that fall can.
-HostSchedule make_host_schedule(const Lengths& lengths, schedule::Shape shape, int32_t num_workers);
+HostSchedule make_host_schedule(const Lengths& lengths, schedule::Shape shape, int32_t num_workers,
+                                bool batch_invariant);
 
 }  // namespace mla

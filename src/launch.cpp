@@ -2,13 +2,17 @@
 
 #include <stdexcept>
 
+#include "common/parts.h"
 #include "module.h"
 #include "tensor_map.h"
 
 namespace mla {
 namespace {
 
-const Kernel& plan_kernel(int device) { return get_kernel("plan", kPlanEntry, device, Occupancy::any); }
+const Kernel& plan_kernel(bool batch_invariant, int device) {
+  return batch_invariant ? get_kernel("plan_parts", kPlanPartsEntry, device, Occupancy::any)
+                         : get_kernel("plan", kPlanEntry, device, Occupancy::any);
+}
 
 const Kernel& decode_kernel(const Variant& variant, Dtype dtype, int device) {
   return get_kernel(variant.name, decode_entry(variant, dtype), device, Occupancy::one_block_per_sm,
@@ -38,8 +42,8 @@ void launch(const Kernel& kernel, unsigned blocks, unsigned threads, uintptr_t s
 
 void launch_plan(const Variant& variant, const DecodeParams& params, int device, uintptr_t stream) {
   const ContextGuard guard(device);
-  launch(plan_kernel(device), 1, kPlanThreads, stream, params.lengths, shape_of(variant), params.num_workers,
-         const_cast<PlanHeader*>(params.plan));
+  launch(plan_kernel(params.batch_invariant, device), 1, kPlanThreads, stream, params.lengths, shape_of(variant),
+         params.num_workers, const_cast<PlanHeader*>(params.plan));
 }
 
 void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& given, int device, uintptr_t stream) {
@@ -57,7 +61,7 @@ void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& give
 
 void preload(const Variant& variant, int device) {
   const ContextGuard guard(device);
-  load_now(plan_kernel(device));
+  for (const bool batch_invariant : {false, true}) load_now(plan_kernel(batch_invariant, device));
   for (const Dtype dtype : kDtypes) {
     if (!(dtype == Dtype::bf16 ? variant.bf16 : variant.fp16)) continue;
     load_now(decode_kernel(variant, dtype, device));
@@ -65,9 +69,14 @@ void preload(const Variant& variant, int device) {
   }
 }
 
-size_t workspace_bytes(const Variant& variant, int64_t num_workers) {
-  const int64_t floats_per_row = variant.d_v + 1;
-  return static_cast<size_t>(2 * num_workers * variant.block_rows * floats_per_row) * sizeof(float);
+int64_t plan_bytes(const Variant& variant, const DecodeParams& params) {
+  return params.batch_invariant ? parts::plan_bytes(params.lengths, shape_of(variant), params.num_workers)
+                                : schedule::plan_bytes(params.lengths, shape_of(variant), params.num_workers);
+}
+
+int64_t partial_slots(const Variant& variant, const DecodeParams& params) {
+  return params.batch_invariant ? parts::max_partials(params.lengths, shape_of(variant))
+                                : schedule::partial_slots(params.num_workers);
 }
 
 }  // namespace mla

@@ -10,7 +10,7 @@ namespace mla {
 
 inline schedule::Shape shape_of(const Variant& variant) { return {variant.block_rows, variant.block_n}; }
 
-// Writes the schedule for params.lengths and params.num_workers to params.plan.
+// Writes the schedule for params.lengths, params.num_workers and params.batch_invariant to params.plan.
 void launch_plan(const Variant& variant, const DecodeParams& params, int device, uintptr_t stream);
 
 // Decodes by the schedule at params.plan: the variant's kernel, then the combination of what it split.
@@ -19,7 +19,9 @@ void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& para
 // Does now what the first launches on this device would do: load the images and move them into the context.
 void preload(const Variant& variant, int device);
 
-// Of o_partial, then lse2_partial, for one launch.
-size_t workspace_bytes(const Variant& variant, int64_t num_workers);
+// Of the plan that launch_plan would write; of partial results, [block_rows, d_v] and [block_rows] each, that it may
+// refer to. No pointer is followed.
+int64_t plan_bytes(const Variant& variant, const DecodeParams& params);
+int64_t partial_slots(const Variant& variant, const DecodeParams& params);
 
 }  // namespace mla

@@ -37,5 +37,6 @@ const Variant& find_variant(std::string_view name);
 std::string decode_entry(const Variant& variant, Dtype dtype);
 std::string combine_entry(const Variant& variant, Dtype dtype);
 constexpr const char* kPlanEntry = "mla_plan";
+constexpr const char* kPlanPartsEntry = "mla_plan_parts";
 
 }  // namespace mla

@@ -1,10 +1,11 @@
-"""Batches, and the plans that kernels/common/plan.cu writes for them, held to the host's schedule.
+"""Batches, and the plans that the planners of kernels/common write for them, held to the host's.
 
 A plan is read here as its int32 words, wherever it was made.
 """
 
 from __future__ import annotations
 
+import math
 import random
 import struct
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ SHAPES: dict[Shape, str] = {  # and a variant that has it
     if row["targets"] != "host"
 }
 MAX_GROUP_SIZE = 8  # of schedule.h
+PART_TOKENS, MAX_LONG_PARTS, MAX_SHORT_PARTS = 1024, 64, 4  # of parts.h
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,9 @@ def batches() -> list[Batch]:
     return found
 
 
-def host_schedule(batch: Batch, shape: Shape, workers: int) -> dict[str, Any]:
+def host_schedule(
+    batch: Batch, shape: Shape, workers: int, batch_invariant: bool = False
+) -> dict[str, Any]:
     """ValueError if cu_seqlens_q makes more pieces than a plan has room for."""
     return _mla.schedule(
         list(batch.seq_lens),
@@ -124,6 +128,7 @@ def host_schedule(batch: Batch, shape: Shape, workers: int) -> dict[str, Any]:
         batch.max_len,
         *shape,
         workers,
+        batch_invariant,
     )
 
 
@@ -150,29 +155,51 @@ class Split(NamedTuple):
     first_token: int
     num_tokens: int
     first_row: int
-    first_group: int
-    last_group: int
-    reserved: int
-    reserved_too: int
+    num_pieces: int
+    first_slot: int
+    second_slot: int
+    slot_step: int
+
+    @property
+    def slots(self) -> list[int]:
+        later = range(self.num_pieces - 1)
+        return [self.first_slot, *(self.second_slot + i * self.slot_step for i in later)]
 
 
 class DevicePlan:
     """The structs of kernels/params.h, read from the words of a plan."""
 
-    def __init__(self, words: Sequence[int], batch: Batch, shape: Shape, workers: int) -> None:
-        sizes = part_sizes(batch, shape, workers)
+    def __init__(
+        self,
+        words: Sequence[int],
+        batch: Batch,
+        shape: Shape,
+        workers: int,
+        batch_invariant: bool = False,
+    ) -> None:
+        sizes = part_sizes(batch, shape, workers, batch_invariant)
         assert len(words) == sum(sizes)
         ends = list(accumulate(sizes))
-        header, by_worker, splits, pieces, _ = (
+        header, by_worker, pieces, splits, _ = (
             words[end - size : end] for size, end in zip(sizes, ends, strict=True)
         )
         self.batch, self.shape, self.num_workers = batch, shape, workers
-        (self.units_per_group,) = struct.unpack("q", struct.pack("2i", *header[:2]))
-        self.num_groups, self.group_size, self.num_splits = header[4:7]
+        self.units_per_group, _, splits_at = struct.unpack("3q", struct.pack("6i", *header[:6]))
+        assert splits_at == 4 * ends[2]
+        self.num_groups, self.group_size, self.num_splits = header[6:9]
+        assert header[9] == batch_invariant
+        self.batch_invariant = batch_invariant
+        self.max_splits = sizes[3] // 8
+        self.num_slots = max_partials(batch, shape) if batch_invariant else 2 * workers
         self.workers = [Worker(*by_worker[i : i + 4]) for i in range(0, len(by_worker), 4)]
         written = splits[: 8 * self.num_splits]
         self.splits = [Split(*written[i : i + 8]) for i in range(0, len(written), 8)]
         self.pieces = [Piece(*pieces[i : i + 8]) for i in range(0, len(pieces), 8)]
+
+    def tiles(self, piece: Piece) -> int:
+        """Of all pieces of its item; in a batch-invariant plan whole pairs."""
+        multiple = 2 if self.batch_invariant else 1
+        return max(1, -(-piece.len // (self.shape[1] * multiple))) * multiple
 
     def walk(self) -> list[tuple[object, ...]]:
         """What each worker computes, as the kernels read it and as `_mla.schedule` lists it."""
@@ -185,7 +212,6 @@ class DevicePlan:
                     continue
                 if row_block * block_rows >= piece.num_tokens * self.batch.h_q:
                     continue
-                tiles = max(1, -(-piece.len // block_n))
                 found.append(
                     (
                         worker,
@@ -194,7 +220,7 @@ class DevicePlan:
                         piece.first_tile * block_n,
                         min(piece.end_tile * block_n, piece.len),
                         piece.first_tile == 0,
-                        piece.end_tile == tiles,
+                        piece.end_tile * block_n >= piece.len,
                         -1 if piece.partial_slot < 0 else piece.partial_slot + member,
                     )
                 )
@@ -203,11 +229,11 @@ class DevicePlan:
     def check_inside(self) -> None:
         """Whatever the lengths say, all that the kernels follow is in the caller's tensors, the
         plan and the partial results."""
-        batch, size, (block_rows, block_n) = self.batch, self.group_size, self.shape
+        batch, size, block_rows = self.batch, self.group_size, self.shape[0]
         requests = range(len(batch.seq_lens))
         assert 1 <= size <= MAX_GROUP_SIZE
         assert 0 <= self.num_groups * size <= self.num_workers
-        assert 0 <= self.num_splits <= self.num_workers
+        assert 0 <= self.num_splits <= self.max_splits
         for worker in self.workers:
             assert 0 <= worker.first_piece <= worker.end_piece <= len(self.pieces), worker
             assert worker.member in range(size), worker
@@ -217,38 +243,66 @@ class DevicePlan:
                 assert piece.len == batch.length(piece.request), piece
                 assert piece.first_row >= 0, piece
                 assert piece.first_row % (block_rows * size) == 0, piece
-                tiles = max(1, -(-piece.len // block_n))
-                assert 0 <= piece.first_tile <= piece.end_tile <= tiles, piece
-                slots = range(2 * self.num_workers - size + 1)  # of member 0
+                assert 0 <= piece.first_tile <= piece.end_tile <= self.tiles(piece), piece
+                rows_left = piece.num_tokens * batch.h_q - piece.first_row
+                members = min(size, -(-rows_left // block_rows))
+                slots = range(self.num_slots - members + 1)  # of member 0
                 assert piece.partial_slot == -1 or piece.partial_slot in slots, piece
         for split in self.splits:
             assert split.request in requests, split
             assert (split.first_token, split.num_tokens) == batch.tokens(split.request), split
             assert split.first_row >= 0, split
             assert split.first_row % (block_rows * size) == 0, split
-            assert 0 <= split.first_group < split.last_group < self.num_groups, split
+            assert split.num_pieces > 1, split
+            rows_left = split.num_tokens * batch.h_q - split.first_row
+            members = min(size, -(-rows_left // block_rows))
+            assert all(0 <= slot <= self.num_slots - members for slot in split.slots), split
+
+    def as_made(self) -> dict[str, Any]:
+        """As `_mla.schedule` returns it, with the splits in any order."""
+        bundle_rows = self.group_size * self.shape[0]
+        return {
+            "units_per_group": self.units_per_group,
+            "num_groups": self.num_groups,
+            "group_size": self.group_size,
+            "pieces": self.walk(),
+            "splits": sorted(
+                (split.request, split.first_row // bundle_rows, split.slots)
+                for split in self.splits
+            ),
+        }
 
     def check_is(self, host: dict[str, Any]) -> None:
         """The plan is this schedule, piece for piece."""
-        assert self.units_per_group == host["units_per_group"], self.batch
-        assert self.num_groups == host["num_groups"], self.batch
-        assert self.group_size == host["group_size"], self.batch
-        bundle_rows = self.group_size * self.shape[0]
-        splits = [
-            (split.request, split.first_row // bundle_rows, split.first_group, split.last_group)
-            for split in self.splits
-        ]
-        assert sorted(splits) == sorted(host["splits"]), self.batch  # their order is free
-        assert self.walk() == host["pieces"], self.batch
+        assert self.as_made() == host | {"splits": sorted(host["splits"])}, self.batch
 
 
-def part_sizes(batch: Batch, shape: Shape, workers: int) -> list[int]:
-    """Words of the header, the workers, the splits, the pieces, and what only the planner reads."""
+def max_items(batch: Batch, shape: Shape) -> int:
     block_rows, _ = shape
-    b = len(batch.seq_lens)
     if isinstance(batch.q_lens, int):
-        max_items = b * -(-batch.q_lens * batch.h_q // block_rows)
-    else:
-        max_items = -(-batch.total_q * batch.h_q // block_rows) + b
+        return len(batch.seq_lens) * -(-batch.q_lens * batch.h_q // block_rows)
+    return -(-batch.total_q * batch.h_q // block_rows) + len(batch.seq_lens)
+
+
+def max_partials(batch: Batch, shape: Shape) -> int:
+    """Of a batch-invariant plan: what python/mla/workspace.py documents."""
+    b, row_blocks, max_len = len(batch.seq_lens), max_items(batch, shape), batch.max_len
+    if max_len <= PART_TOKENS * (
+        row_blocks // b if isinstance(batch.q_lens, int) and row_blocks else 1
+    ):
+        return 0
+    long_parts = min(-(-max_len // PART_TOKENS), math.ceil(math.sqrt(max_len) / 8), MAX_LONG_PARTS)
+    return b * long_parts + MAX_SHORT_PARTS * row_blocks
+
+
+def part_sizes(
+    batch: Batch, shape: Shape, workers: int, batch_invariant: bool = False
+) -> list[int]:
+    """Words of the header, the workers, the pieces, the splits, and what only the planner reads."""
+    b, items = len(batch.seq_lens), max_items(batch, shape)
+    if batch_invariant:
+        pieces = max(max_partials(batch, shape), items)
+        # Two int64 and three int32 for each request, one and two for each worker.
+        return [12, 4 * workers, 8 * pieces, 8 * items, 7 * (b + 1) + 4 * (workers + 1)]
     planners_own = 3 * (b + 1)  # an int64 and an int32 for each request
-    return [8, 4 * workers, 8 * workers, 8 * (max_items + workers), planners_own]
+    return [12, 4 * workers, 8 * (items + workers), 8 * workers, planners_own]

@@ -61,7 +61,8 @@ int smem(int which) {
 // The sizes of a kernel's parameters, which the real driver reads from its machine code.
 std::vector<size_t> parameter_sizes(const std::string& kernel) {
   using namespace mla;
-  if (kernel == "mla_plan") return {sizeof(Lengths), sizeof(schedule::Shape), sizeof(int32_t), sizeof(PlanHeader*)};
+  if (kernel == "mla_plan" || kernel == "mla_plan_parts")
+    return {sizeof(Lengths), sizeof(schedule::Shape), sizeof(int32_t), sizeof(PlanHeader*)};
   if (kernel.rfind("mla_combine", 0) == 0) return {sizeof(DecodeParams), sizeof(schedule::Shape)};
   return {sizeof(DecodeParams)};
 }

@@ -71,6 +71,7 @@ class DecodeParams(ctypes.Structure):
         ("by_h_q", FastDivisor),
         ("plan", ctypes.c_uint64),
         ("num_workers", ctypes.c_int32),
+        ("batch_invariant", ctypes.c_int32),
         ("o_partial", ctypes.c_uint64),
         ("lse2_partial", ctypes.c_uint64),
         ("box_rows", ctypes.c_int32),

@@ -1,5 +1,5 @@
-// The device's planner (kernels/common/plan.cu, as it is) without a device: a program that reads batches and writes the plans that
-// they get. test_plan_on_cpu.py builds it and asks.
+// The device's planners (kernels/common/plan.cu and plan_parts.cu, as they are) without a device: a program that reads batches and
+// writes the plans that they get. test_plan_on_cpu.py builds it and asks.
 //
 // Every thread of the CTA is a fiber. One runs at a time, from barrier to barrier, and a warp runs until it waits for the others,
 // the first warp and thread first or the last: where a barrier is missing, one of the orders gives another plan. A barrier that
@@ -130,6 +130,7 @@ struct Index {
 const struct {
   cta::Index x;
 } threadIdx;
+using std::max;
 using std::min;
 
 void __syncthreads() { cta::wait(cta::all_threads); }
@@ -160,11 +161,8 @@ T atomicAdd(T* at, T value) {
   return before;
 }
 
-// What else math.cuh has is not called.
-#define __log2f std::log2
-#define asm(...)
-
 #include "common/plan.cu"
+#include "common/plan_parts.cu"
 
 // ---- Batches in, plans out, in int32 words ----
 
@@ -172,7 +170,7 @@ namespace {
 
 // Of a batch; its seq_lens follow and, if it is ragged, its cu_seqlens_q.
 struct Sizes {
-  int32_t num_requests, ragged, s_q, total_q, h_q, max_len, block_rows, block_n, num_workers, backward;
+  int32_t num_requests, ragged, s_q, total_q, h_q, max_len, block_rows, block_n, num_workers, batch_invariant, backward;
 };
 
 mla::Lengths lengths;
@@ -199,11 +197,17 @@ int main() {
     lengths.total_q = sizes.total_q;
     lengths.h_q = sizes.h_q;
     lengths.max_len = sizes.max_len;
-    const int64_t bytes = mla::schedule::plan_bytes(lengths, {sizes.block_rows, sizes.block_n}, sizes.num_workers);
+    const mla::schedule::Shape shape{sizes.block_rows, sizes.block_n};
+    const int64_t bytes = sizes.batch_invariant ? mla::parts::plan_bytes(lengths, shape, sizes.num_workers)
+                                                : mla::schedule::plan_bytes(lengths, shape, sizes.num_workers);
     plan = static_cast<mla::PlanHeader*>(std::malloc(static_cast<size_t>(bytes)));
     std::memset(static_cast<void*>(plan), 0x7f, static_cast<size_t>(bytes));
-    cta::run([] { mla_plan(lengths, {sizes.block_rows, sizes.block_n}, sizes.num_workers, plan); },
-             sizes.backward != 0);
+    cta::run(
+        [] {
+          const auto make = sizes.batch_invariant ? mla_plan_parts : mla_plan;
+          make(lengths, {sizes.block_rows, sizes.block_n}, sizes.num_workers, plan);
+        },
+        sizes.backward != 0);
     std::fwrite(&bytes, sizeof(bytes), 1, stdout);
     std::fwrite(plan, 1, static_cast<size_t>(bytes), stdout);
     std::fflush(stdout);

@@ -90,10 +90,14 @@ except ValueError as error:
 
 
 @pytest.mark.parametrize("variant", GPU_VARIANTS, ids=NAMES)
-def test_plan_is_one_launch(run: Any, variant: dict[str, Any]) -> None:
-    done = run(f"{FILL}\n_mla.launch_plan({variant['name']!r}, p, 0, 5)")
+@pytest.mark.parametrize(("batch_invariant", "kernel"), [(0, "mla_plan"), (1, "mla_plan_parts")])
+def test_plan_is_one_launch(
+    run: Any, variant: dict[str, Any], batch_invariant: int, kernel: str
+) -> None:
+    mode = f"p.batch_invariant = {batch_invariant}"
+    done = run(f"{FILL}\n{mode}\n_mla.launch_plan({variant['name']!r}, p, 0, 5)")
     (plan,) = done.named("launch")
-    assert (plan["kernel"], plan["grid"], plan["block"]) == ("mla_plan", 1, 512)
+    assert (plan["kernel"], plan["grid"], plan["block"]) == (kernel, 1, 512)
     assert (plan["smem"], plan["stream"], plan["device"]) == (0, 5, 0)
     lengths, shape, workers, header = (bytes.fromhex(p) for p in plan["parameters"])
     params = filled_params()
@@ -198,7 +202,8 @@ def test_preload_brings_in_all_that_a_call_launches(run: Any, variant: dict[str,
     assert not done.named("launch")
     got = [(c["kernel"], c["device"]) for c in done.named("cuKernelGetFunction")]
     combine = f"mla_combine_%s_v{variant['d_v']}"
-    names = ["mla_plan", *(n % t for n in (f"mla_{name}_%s", combine) for t in ("bf16", "fp16"))]
+    names = [n % t for n in (f"mla_{name}_%s", combine) for t in ("bf16", "fp16")]
+    names += ["mla_plan", "mla_plan_parts"]
     assert sorted(got) == sorted((n, 1) for n in names)
 
 
@@ -265,15 +270,16 @@ def test_unknown_names_are_errors() -> None:
 
 @pytest.mark.parametrize("variant", GPU_VARIANTS, ids=NAMES)
 def test_sizes(variant: dict[str, Any]) -> None:
-    rows = 2 * 3 * variant["block_rows"]
-    assert _mla.workspace_bytes(variant["name"], 3) == rows * (variant["d_v"] + 1) * 4
+    params = _mla.DecodeParams()
+    params.num_workers = 3
+    assert _mla.partial_slots(variant["name"], params) == 2 * 3
 
 
 def test_a_plan_has_room_for_every_piece() -> None:
     params = _mla.DecodeParams()
     params.num_requests, params.s_q, params.h_q, params.num_workers = 5, 2, 40, 7
     variant = GPU_VARIANTS[0]
-    header, worker, split, piece, request = 32, 16, 32, 32, 8 + 4
+    header, worker, split, piece, request = 48, 16, 32, 32, 8 + 4
     row_blocks = -(-2 * 40 // variant["block_rows"])
     fixed = header + 7 * (worker + split) + 6 * request
     assert _mla.plan_bytes(variant["name"], params) == fixed + (5 * row_blocks + 7) * piece

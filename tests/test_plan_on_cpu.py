@@ -1,7 +1,7 @@
-"""The device's planner on the CPU: the schedule of the host, and harmless where that has none.
+"""The device's planners on the CPU: the schedules of the host, and harmless where that has none.
 
-kernels/common/plan.cu runs unchanged in a stand-in for a CTA (plan_on_cpu.cpp), under
-AddressSanitizer and UndefinedBehaviorSanitizer where the compiler's work.
+kernels/common/plan.cu and plan_parts.cu run unchanged in a stand-in for a CTA (plan_on_cpu.cpp),
+under AddressSanitizer and UndefinedBehaviorSanitizer where the compiler's work.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from compiler import HERE, compile_cpp
 from device_plan import OVERLAPPING, SHAPES, Batch, DevicePlan, Shape, batches, host_schedule
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from schedule_checks import Schedule
 from test_schedule import lengths
 
 SANITIZERS = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -60,13 +61,16 @@ class Planner:
                 env=os.environ | SANITIZER_ENV,
             )
 
-    def plan(self, batch: Batch, shape: Shape, workers: int, backward: bool) -> DevicePlan:
+    def plan(
+        self, batch: Batch, shape: Shape, workers: int, backward: bool, batch_invariant: bool
+    ) -> DevicePlan:
         """What it writes; `backward`: threads run last to first."""
         if self.process is None:
             self.process = self.start()
         cuts = batch.cu_seqlens_q
         sizes = [len(batch.seq_lens), cuts is not None, batch.s_q, batch.total_q, batch.h_q]
-        request = [*sizes, batch.max_len, *shape, workers, backward, *batch.seq_lens, *(cuts or [])]
+        modes = [batch_invariant, backward]
+        request = [*sizes, batch.max_len, *shape, workers, *modes, *batch.seq_lens, *(cuts or [])]
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with suppress(BrokenPipeError):
@@ -77,7 +81,7 @@ class Planner:
         if size == 0 or len(words) * 4 < size:
             self.stop()
             raise AssertionError(f"{batch}: the planner ended\n{self.errors.read_text()}")
-        return DevicePlan(words, batch, shape, workers)
+        return DevicePlan(words, batch, shape, workers, batch_invariant)
 
     def stop(self) -> None:
         if self.process is not None:
@@ -86,15 +90,18 @@ class Planner:
             self.process = None
 
     def check(self, batch: Batch, shape: Shape, workers: int, backward: bool) -> None:
-        """It stays inside, and it is the host's schedule where there is one."""
-        plan = self.plan(batch, shape, workers, backward)
-        plan.check_inside()
-        try:
-            host = host_schedule(batch, shape, workers)
-        except ValueError:  # makes more pieces than a plan has room for
-            assert batch.cuts is not None
-        else:
-            plan.check_is(host)
+        """In both modes: it stays inside, and it is the host's schedule where there is one."""
+        for batch_invariant in (False, True):
+            plan = self.plan(batch, shape, workers, backward, batch_invariant)
+            plan.check_inside()
+            try:
+                host = host_schedule(batch, shape, workers, batch_invariant)
+            except ValueError:  # makes more pieces than a plan has room for
+                assert batch.cuts is not None
+            else:
+                plan.check_is(host)
+            if batch.cuts is None:
+                Schedule(plan.as_made(), batch, shape, workers, batch_invariant).check()
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +173,8 @@ def test_more_items_than_32_bits_count(planner: Planner) -> None:
     cuts = [0, total_q] * pairs + [0]
     batch = Batch([1] * (2 * pairs), [total_q] + [0] * (2 * pairs - 1), 128, cuts=cuts)
     assert pairs * total_q * batch.h_q // 16 > 2**31
-    planner.plan(batch, (16, 64), 1, backward=False).check_inside()
+    for batch_invariant in (False, True):
+        planner.plan(batch, (16, 64), 1, False, batch_invariant).check_inside()
 
 
 @st.composite

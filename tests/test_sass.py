@@ -121,8 +121,8 @@ def code(image: str) -> dict[tuple[str, str], str]:
 
 
 def entry_points(image: str) -> set[str]:
-    if image == "plan":
-        return {"mla_plan"}
+    if image in ("plan", "plan_parts"):
+        return {f"mla_{image}"}
     if image == "combine":
         return {f"mla_combine_{t}_v{d_v}" for t in ("bf16", "fp16") for d_v in (512, 256)}
     return {f"mla_{image}_{t}" for t in ("bf16", "fp16")}

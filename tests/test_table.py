@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import mla
 import pytest
-from mla import _mla
+import torch
+from mla import _mla, workspace
 from mla.checks import D_V, DTYPES
+from mla.problem import Problem
 from mla.variants import VARIANTS, Variant
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "kernels" / "variants.inc"
 GPU_VARIANTS = [variant for variant in VARIANTS if not variant.on_host]
+
+SIZES = Problem.from_sizes(b=7, h_q=40, d_qk=576, dtype=torch.bfloat16, page_size=64, max_pages=100)
 
 each = pytest.mark.parametrize("variant", GPU_VARIANTS, ids=lambda variant: variant.name)
 
@@ -51,7 +56,7 @@ def test_the_public_view() -> None:
 def test_the_host_variant() -> None:
     (host,) = (variant for variant in VARIANTS if variant.on_host)
     assert host.name == host.pipeline == "cpu"
-    assert host.workspace_bytes(100) == 0
+    assert workspace.bytes_needed(host, SIZES, 100, None) == 0
 
 
 @each
@@ -82,7 +87,32 @@ def test_shared_memory_fits_the_gpus_that_it_is_for(variant: Variant) -> None:
 @each
 def test_workspace_formula(variant: Variant) -> None:
     rows = 2 * 132 * variant.block_rows
-    assert variant.workspace_bytes(132) == rows * (variant.d_v + 1) * 4
+    needed = workspace.bytes_needed(variant, SIZES, 132, SIZES.max_len)
+    assert needed == rows * (variant.d_v + 1) * 4
+
+
+@each
+@pytest.mark.parametrize(
+    ("max_len", "long_parts"),
+    [(1025, 2), (4096, 4), (16384, 16), (65537, 33), (131072, 46), (10**6, 64)],
+)
+def test_batch_invariant_workspace_formula(variant: Variant, max_len: int, long_parts: int) -> None:
+    """What python/mla/workspace.py documents, uniform and ragged."""
+    for ragged in (False, True):
+        sizes = replace(SIZES, batch_invariant=True, ragged=ragged)
+        row_blocks = 7 * -(-SIZES.h_q // variant.block_rows)
+        if ragged:
+            row_blocks = -(-7 * SIZES.h_q // variant.block_rows) + 7
+        slots = 7 * long_parts + 4 * row_blocks
+        if max_len <= 1024 * (1 if ragged else row_blocks // 7):
+            slots = 0
+        needed = workspace.bytes_needed(variant, sizes, 132, max_len)
+        assert needed == slots * variant.block_rows * (variant.d_v + 1) * 4
+        pieces = max(slots, row_blocks)
+        params = _mla.DecodeParams()
+        workspace.set_sizes(params, sizes, 132, max_len)
+        schedule = 48 + 16 * 132 + 32 * pieces + 32 * row_blocks + 28 * 8 + 16 * 133
+        assert _mla.plan_bytes(variant.name, params) == schedule
 
 
 @each
@@ -96,7 +126,7 @@ def test_schedule_formula(variant: Variant, s_q: int, total_q: int | None) -> No
     if total_q is not None:
         params.total_q, params.cu_seqlens_q = total_q, 1
         row_blocks = -(-total_q * h_q // variant.block_rows) + b
-    expected = 32 + 80 * workers + 32 * row_blocks + 12 * (b + 1)
+    expected = 48 + 80 * workers + 32 * row_blocks + 12 * (b + 1)
     assert _mla.plan_bytes(variant.name, params) == expected
 
 
@@ -106,7 +136,8 @@ def test_has_an_image(variant: Variant) -> None:
 
 
 def test_images_are_of_the_table() -> None:
-    assert set(_mla.images()) == {"plan", "combine", *(v.name for v in GPU_VARIANTS)}
+    names = {"plan", "plan_parts", "combine", *(v.name for v in GPU_VARIANTS)}
+    assert set(_mla.images()) == names
 
 
 @each

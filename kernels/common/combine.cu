@@ -1,7 +1,8 @@
 // Merges the partial results of split items: out = sum_s w_s o_s with w_s = 2^(lse2_s - lse2), lse2 = log2 sum_s 2^lse2_s.
 //
 // A task is one row and 128 of its columns, a float4 per lane. With few tasks the eight warps of a CTA share a task's splits,
-// with many each warp has its own; the order of the additions depends only on that, so reruns give the same bits.
+// with many each warp has its own; the order of the additions depends only on that, so reruns give the same bits. By a
+// batch-invariant plan each warp has its own always: the order is that of the pieces, whatever else there is to combine.
 
 #include "dtype.cuh"
 #include "math.cuh"
@@ -15,27 +16,27 @@ template <class T, int DV>
 __device__ __forceinline__ void combine(const DecodeParams& p, schedule::Shape shape) {
   __shared__ float4 sums[kCombineWarps][32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const schedule::PlanView plan = schedule::view(p.plan, p.num_workers);
-  const int group_size = plan.header->group_size;
-  const int tasks_per_item = group_size * shape.block_rows * (DV / kTaskColumns);
-  const int num_tasks = plan.header->num_splits * tasks_per_item;
-  const int task_warps = num_tasks <= static_cast<int>(gridDim.x) ? kCombineWarps : 1;
+  const SplitItem* splits = schedule::splits_of(p.plan);
+  const int tasks_per_item = p.plan->group_size * shape.block_rows * (DV / kTaskColumns);
+  const int num_tasks = p.plan->num_splits * tasks_per_item;
+  const bool share = num_tasks <= static_cast<int>(gridDim.x) && !p.plan->batch_invariant;
+  const int task_warps = share ? kCombineWarps : 1;
   const int tasks_per_cta = kCombineWarps / task_warps, member_warp = warp % task_warps;
 
   for (int first_task = blockIdx.x * tasks_per_cta; first_task < num_tasks; first_task += gridDim.x * tasks_per_cta) {
     const int task = first_task + warp / task_warps;
-    const SplitItem item = plan.splits[min(task / tasks_per_item, plan.header->num_splits - 1)];
+    const SplitItem item = splits[min(task / tasks_per_item, p.plan->num_splits - 1)];
     const int row_in_bundle = task % tasks_per_item / (DV / kTaskColumns);
     const int column = task % (DV / kTaskColumns) * kTaskColumns + lane * 4;
     const int member = row_in_bundle / shape.block_rows, block_row = row_in_bundle % shape.block_rows;
     const int row = item.first_row + row_in_bundle;
     const bool exists = task < num_tasks && row < item.num_tokens * p.lengths.h_q;
 
-    const int num_splits = exists ? item.last_group - item.first_group + 1 : 0;
-    auto partial_row = [&](int split) {
-      const int slot = schedule::partial_slot(item.first_group + split, group_size, split == 0) + member;
-      return int64_t{slot} * shape.block_rows + block_row;
-    };
+    const int num_splits = exists ? item.num_pieces : 0;
+    const int first_row = (item.first_slot + member) * shape.block_rows + block_row;
+    const int step = item.slot_step * shape.block_rows;
+    const int second_row = first_row + (item.second_slot - item.first_slot) * shape.block_rows;
+    auto partial_row = [&](int split) { return int64_t{split == 0 ? first_row : second_row + (split - 1) * step}; };
 
     float max = kNegInf;
     for (int split = lane; split < num_splits; split += 32) max = fmaxf(max, p.lse2_partial[partial_row(split)]);
@@ -51,7 +52,8 @@ __device__ __forceinline__ void combine(const DecodeParams& p, schedule::Shape s
     for (int split = member_warp; split < num_splits; split += task_warps) {
       const float weight = exp2_fast(p.lse2_partial[partial_row(split)] - lse2_base);
       const float4 x = *reinterpret_cast<const float4*>(p.o_partial + partial_row(split) * DV + column);
-      o.x += weight * x.x, o.y += weight * x.y, o.z += weight * x.z, o.w += weight * x.w;
+      o.x = fmaf(weight, x.x, o.x), o.y = fmaf(weight, x.y, o.y);
+      o.z = fmaf(weight, x.z, o.z), o.w = fmaf(weight, x.w, o.w);
     }
     if (task_warps > 1) {
       __syncthreads();  // the sums of the task before have been read

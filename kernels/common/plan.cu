@@ -1,46 +1,8 @@
 // Writes a schedule (schedule.h) for the lengths as they are in memory: one CTA, no host involved, so that it can be replayed
 // in a graph with other lengths.
 
-#include "math.cuh"
+#include "cta_sums.cuh"
 #include "schedule.h"
-
-namespace mla {
-
-// The sum over the CTA, for every thread. `scratch` holds one value per warp.
-template <class T>
-__device__ T block_sum(T x, T* scratch) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-  __syncthreads();  // the scratch of an earlier sum has been read
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
-  __syncthreads();
-  T sum = 0;
-  for (int i = 0; i < kPlanThreads / 32; ++i) sum += scratch[i];
-  return sum;
-}
-
-// The sum over the threads before this one, and in `total` over all.
-__device__ int64_t block_prefix(int64_t x, int64_t* scratch, int64_t& total) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int64_t inclusive = x;
-#pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int64_t before = __shfl_up_sync(0xffffffffu, inclusive, step);
-    if (lane >= step) inclusive += before;
-  }
-  __syncthreads();
-  if (lane == 31) scratch[warp] = inclusive;
-  __syncthreads();
-  int64_t before_warp = 0;
-  total = 0;
-  for (int i = 0; i < kPlanThreads / 32; ++i) {
-    if (i < warp) before_warp += scratch[i];
-    total += scratch[i];
-  }
-  return before_warp + inclusive - x;
-}
-
-}  // namespace mla
 
 extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)
     mla_plan(const __grid_constant__ mla::Lengths lengths, mla::schedule::Shape shape, int32_t num_workers,
@@ -82,8 +44,10 @@ extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)
 
   // Where each request begins on the line of all items, and the number of its first item.
   const int64_t max_pieces = schedule::max_pieces(lengths, shape, num_workers);
-  int64_t* first_unit = schedule::first_unit_of(plan, max_pieces);
-  int32_t* first_item = schedule::first_item_of(plan, max_pieces, lengths.num_requests);
+  header.splits_at = schedule::splits_at(max_pieces, num_workers);
+  SplitItem* splits = reinterpret_cast<SplitItem*>(plan.pieces + max_pieces);
+  int64_t* first_unit = schedule::first_unit_of(splits, num_workers);
+  int32_t* first_item = schedule::first_item_of(splits, num_workers, lengths.num_requests);
   int64_t units_before = 0, items_before = 0;
   for (int first = 0; first < lengths.num_requests; first += kPlanThreads) {
     const int i = first + thread;
@@ -127,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)
       SplitItem split;
       // In any order: it changes which CTA combines an item, not what it computes.
       if (range.member == 0 && end < units_before && schedule::make_split(item_at(end), shape, header, g, split))
-        plan.splits[atomicAdd(&num_splits, 1)] = split;
+        splits[atomicAdd(&num_splits, 1)] = split;
     }
     plan.workers[worker] = range;
   }

@@ -9,13 +9,7 @@
 // The arithmetic is here, for the host and the device alike; plan.cu runs it on the device, the tests on the host.
 #pragma once
 
-#include "../params.h"
-
-#ifdef __CUDACC__
-#define MLA_HD __host__ __device__ __forceinline__
-#else
-#define MLA_HD inline
-#endif
+#include "plan_view.h"
 
 namespace mla::schedule {
 
@@ -199,9 +193,10 @@ MLA_HD bool make_split(const Item& item, Shape shape, const PlanHeader& plan, in
            item.info.first_token,
            item.info.num_tokens,
            item.bundle * plan.group_size * shape.block_rows,
-           g,
-           last_group,
-           {}};
+           last_group - g + 1,
+           partial_slot(g, plan.group_size, true),
+           partial_slot(g + 1, plan.group_size, false),
+           2 * plan.group_size};
   return true;
 }
 
@@ -216,30 +211,18 @@ MLA_HD int64_t max_pieces(const Lengths& lengths, Shape shape, int32_t num_worke
   return max_items(lengths, shape) + num_workers;
 }
 
-// The parts of a plan in memory.
-struct PlanView {
-  PlanHeader* header;
-  PlanWorker* workers;  // [num_workers]
-  SplitItem* splits;    // [num_workers]
-  Piece* pieces;        // [max_pieces]
-};
-MLA_HD PlanView view(const PlanHeader* plan, int32_t num_workers) {
-  PlanHeader* header = const_cast<PlanHeader*>(plan);
-  PlanWorker* workers = reinterpret_cast<PlanWorker*>(header + 1);
-  SplitItem* splits = reinterpret_cast<SplitItem*>(workers + num_workers);
-  return {header, workers, splits, reinterpret_cast<Piece*>(splits + num_workers)};
+MLA_HD int32_t partial_slots(int32_t num_workers) { return 2 * num_workers; }
+
+// The planner's own, behind the splits.
+MLA_HD int64_t* first_unit_of(SplitItem* splits, int32_t num_workers) {  // [num_requests + 1]
+  return reinterpret_cast<int64_t*>(splits + num_workers);
 }
-// The planner's own, behind the pieces.
-MLA_HD int64_t* first_unit_of(const PlanView& plan, int64_t max_pieces) {  // [num_requests + 1]
-  return reinterpret_cast<int64_t*>(plan.pieces + max_pieces);
-}
-MLA_HD int32_t* first_item_of(const PlanView& plan, int64_t max_pieces, int32_t num_requests) {  // [num_requests + 1]
-  return reinterpret_cast<int32_t*>(first_unit_of(plan, max_pieces) + num_requests + 1);
+MLA_HD int32_t* first_item_of(SplitItem* splits, int32_t num_workers, int32_t num_requests) {  // [num_requests + 1]
+  return reinterpret_cast<int32_t*>(first_unit_of(splits, num_workers) + num_requests + 1);
 }
 MLA_HD int64_t plan_bytes(const Lengths& lengths, Shape shape, int32_t num_workers) {
-  return static_cast<int64_t>(sizeof(PlanHeader)) +
-         num_workers * static_cast<int64_t>(sizeof(PlanWorker) + sizeof(SplitItem)) +
-         max_pieces(lengths, shape, num_workers) * static_cast<int64_t>(sizeof(Piece)) +
+  return splits_at(max_pieces(lengths, shape, num_workers), num_workers) +
+         num_workers * static_cast<int64_t>(sizeof(SplitItem)) +
          (int64_t{lengths.num_requests} + 1) * static_cast<int64_t>(sizeof(int64_t) + sizeof(int32_t));
 }
 

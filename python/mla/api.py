@@ -36,6 +36,7 @@ def decode(
     lse: Tensor | None = None,
     plan: Plan | None = None,
     workspace: Tensor | None = None,
+    batch_invariant: bool = False,
     variant: str | None = None,
 ) -> Tensor: ...
 
@@ -56,6 +57,7 @@ def decode(
     lse: Tensor | None = None,
     plan: Plan | None = None,
     workspace: Tensor | None = None,
+    batch_invariant: bool = False,
     variant: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -76,6 +78,7 @@ def decode(
     lse: Tensor | None = None,
     plan: Plan | None = None,
     workspace: Tensor | None = None,
+    batch_invariant: bool = False,
     variant: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
@@ -95,6 +98,7 @@ def decode(
     lse: Tensor | None = None,
     plan: Plan | None = None,
     workspace: Tensor | None = None,
+    batch_invariant: bool = False,
     variant: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Absorbed MLA attention of a few query tokens per request over a paged latent cache.
@@ -118,6 +122,10 @@ def decode(
     plan: of `mla.plan`, for calls that share lengths and sizes.
     workspace: uint8 scratch memory of the caller's; the error for a small one says how many bytes
         are needed.
+    batch_invariant: a request's results have the same bits whatever the other requests are, where
+        in the batch it stands, and however its pages lie. Costs up to about 15 % in large batches,
+        more in small ones and with several row blocks, and scratch memory that grows with the batch
+        (see `mla.workspace`). A plan for it is made with the same argument.
     variant: a pipeline or a variant to force; `mla.variants()` lists them.
 
     Returns out, or (out, lse) with `return_lse`: lse is the natural logarithm of the sum of
@@ -134,7 +142,7 @@ def decode(
     not the forced one can run the call, CudaError if the driver refuses.
     """
     inputs = Inputs.of(q, kv_cache, block_table, seq_lens, cu_seqlens_q)
-    problem = Problem.from_tensors(inputs, d_v)
+    problem = Problem.from_tensors(inputs, d_v, batch_invariant)
     scale = _number(scale)
     target = inputs.q.device
     device = facts(target)
@@ -147,7 +155,8 @@ def decode(
         plan.check_fits(problem, target, request)
         chosen = plan.variant
     if workspace is not None:
-        needed = workspaces.bytes_needed(chosen, problem, device.sm_count, plan is not None)
+        planned_len = None if plan is None else plan.max_len
+        needed = workspaces.bytes_needed(chosen, problem, device.sm_count, planned_len)
         workspaces.check(workspace, needed, target)
     out, lse = outputs.prepare(problem, inputs, out, lse, return_lse, workspace)
     if validate.wanted() and not (target.type == "cuda" and launch.capturing(target)):
@@ -171,7 +180,7 @@ def decode(
             causal=causal,
             num_workers=device.sm_count,
             schedule=None if plan is None else plan.schedule,
-            max_len=max_len,
+            planned_len=problem.max_len if plan is None else plan.max_len,
             workspace=workspace,
         )
     return (out, lse) if return_lse and lse is not None else out
@@ -195,6 +204,7 @@ def _log_choice(problem: Problem, device: Device, chosen: Variant, variant: str 
         problem.d_qk,
         problem.dtype,
         problem.page_size,
+        problem.batch_invariant,
     )
     log.once((device, chosen.name, kind), lambda: _choice_line(problem, device, chosen, variant))
 

@@ -75,7 +75,11 @@ def use_variant(name: str) -> Iterator[None]:
 
 
 def weigh(problem: Problem, device: Device, request: Forced | None) -> Choice:
-    """Goes through the whole table."""
+    """Goes through the whole table.
+
+    What a batch-invariant problem gets does not depend on the batch, though the estimates do.
+    """
+    ranked = problem.without_batch() if problem.batch_invariant else problem
     estimates: dict[str, Estimate | None] = {}
     reasons: dict[str, list[str]] = {}
     best: Variant | None = None
@@ -86,6 +90,8 @@ def weigh(problem: Problem, device: Device, request: Forced | None) -> Choice:
             reasons[variant.name] = why_not
             continue
         predicted = estimates[variant.name] = estimate(variant, problem, device)
+        if ranked is not problem:
+            predicted = estimate(variant, ranked, device)
         us = 0.0 if predicted is None else predicted.us
         if us < best_us and (request is None or request.admits(variant)):
             best, best_us = variant, us

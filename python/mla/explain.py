@@ -52,16 +52,19 @@ class Explanation:
         if self.variant is None:
             return 0
         return workspaces.bytes_needed(
-            self.variant, self.problem, self.device.sm_count, has_plan=False
+            self.variant, self.problem, self.device.sm_count, planned_len=None
         )
 
     def why(self) -> str:
         """One clause."""
         if self.choice.forced:
             return f"forced by {self.choice.forced.by}"
-        if len(self.choice.estimates) == 1:
+        able = len(self.choice.estimates)
+        if able == 1:
             return "the only one that can run it"
-        return f"predicted to be the fastest of the {len(self.choice.estimates)} that can run it"
+        if self.problem.batch_invariant:
+            return f"by heads, dims and dtype alone, of the {able} that can run it"
+        return f"predicted to be the fastest of the {able} that can run it"
 
     def headline(self) -> str:
         if self.variant is None:
@@ -113,6 +116,7 @@ def explain(
     *,
     cu_seqlens_q: Tensor | None = None,
     d_v: int | None = None,
+    batch_invariant: bool = False,
     variant: str | None = None,
     b: int = 1,
     s_q: int = 1,
@@ -138,7 +142,8 @@ def explain(
     """
     if q is not None and kv_cache is not None and block_table is not None and seq_lens is not None:
         inputs = Inputs.of(q, kv_cache, block_table, seq_lens, cu_seqlens_q)
-        return of_problem(Problem.from_tensors(inputs, d_v), facts(inputs.q.device), variant)
+        problem = Problem.from_tensors(inputs, d_v, batch_invariant)
+        return of_problem(problem, facts(inputs.q.device), variant)
     if not q is kv_cache is block_table is seq_lens is None:
         raise TypeError(
             "explain: got some of q, kv_cache, block_table, seq_lens, expected all of them or none"
@@ -152,5 +157,6 @@ def explain(
         dtype=dtype,
         page_size=page_size,
         max_pages=ceil_div(kv_len, page_size),
+        batch_invariant=batch_invariant,
     )
     return of_problem(problem, resolve(device), variant)

@@ -26,10 +26,9 @@ def lengths(
 ) -> _mla.DecodeParams:
     """The parameters that a schedule depends on."""
     p = _mla.DecodeParams()
-    workspaces.set_sizes(p, problem, num_workers)
+    workspaces.set_sizes(p, problem, num_workers, max_len)
     p.seq_lens = seq_lens.data_ptr()
     p.cu_seqlens_q = 0 if cu_seqlens_q is None else cu_seqlens_q.data_ptr()
-    p.max_len = max_len
     return p
 
 
@@ -103,31 +102,35 @@ def decode(
     causal: bool,
     num_workers: int,
     schedule: Tensor | None,
-    max_len: int,
+    planned_len: int,
     workspace: Tensor | None,
 ) -> None:
-    """Queues the schedule, unless it is given, the variant and the combine."""
+    """Queues the schedule, unless it is given, the variant and the combine.
+
+    planned_len: what lengths are clamped to in the schedule.
+    """
     device = inputs.q.device
     p = lengths(
-        problem, inputs.seq_lens, inputs.cu_seqlens_q, max_len=max_len, num_workers=num_workers
+        problem, inputs.seq_lens, inputs.cu_seqlens_q, max_len=planned_len, num_workers=num_workers
     )
+    planned_bytes = 0 if schedule is not None else workspaces.schedule_bytes(variant, p)
+    o_bytes, lse_bytes = workspaces.partial_bytes(variant, p)
+    p.max_len = min(planned_len, problem.max_len)
     add_tensors(p, problem, inputs, out, lse)
     p.scale_log2 = scale * math.log2(math.e)
     p.causal = int(causal)
 
-    planned_bytes = 0 if schedule is not None else workspaces.schedule_bytes(variant, p)
     stream = stream_of(device)
     kept = workspaces.kept(device.index, stream)
     with kept.lock:
         if workspace is None:
-            size = planned_bytes + variant.workspace_bytes(num_workers)
+            size = planned_bytes + o_bytes + lse_bytes
             if capturing(device):
                 workspace = torch.empty(size, dtype=torch.uint8, device=device)
             else:
                 workspace = kept.reserve(size, device)
-        partials = workspace.data_ptr() + planned_bytes
-        p.o_partial = partials
-        p.lse2_partial = partials + 2 * num_workers * variant.block_rows * variant.d_v * 4
+        p.o_partial = workspace.data_ptr() + planned_bytes
+        p.lse2_partial = p.o_partial + o_bytes
         if schedule is None:
             p.plan = workspace.data_ptr()
             _mla.launch_plan(variant.name, p, device.index, stream)

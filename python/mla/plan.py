@@ -13,6 +13,9 @@ from .dispatch import Forced, choose, forced
 from .problem import Problem
 from .variants import Variant
 
+# Of a problem: what a plan must share with the calls that it is for.
+PLANNED = ("b", "ragged", "s_q", "total_q", "h_q", "d_qk", "dtype", "page_size", "batch_invariant")
+
 
 class Plan:
     """A split-KV schedule in device memory, for one variant and one set of sizes.
@@ -71,7 +74,7 @@ class Plan:
 
     def check_fits(self, problem: Problem, device: torch.device, request: Forced | None) -> None:
         """ValueError if it is not for the call."""
-        for name in ("b", "ragged", "s_q", "total_q", "h_q", "d_qk", "dtype", "page_size"):
+        for name in PLANNED:
             planned, called = getattr(self.problem, name), getattr(problem, name)
             if planned != called:
                 raise wrong(
@@ -97,6 +100,7 @@ def plan(
     cu_seqlens_q: Tensor | None = None,
     total_q: int | None = None,
     max_pages: int | None = None,
+    batch_invariant: bool = False,
     variant: str | None = None,
 ) -> Plan:
     """Chooses a variant and schedules a step; pass the result to every `decode` of it.
@@ -108,6 +112,7 @@ def plan(
     max_pages: columns of the block table, which lengths are clamped to. Without it, lengths beyond
         the block table's reach leave their requests' results undefined; no call reads outside the
         cache or the table either way.
+    batch_invariant: as in the calls that it is for.
     variant: a pipeline or a variant to force.
 
     TypeError, ValueError and UnsupportedError as `decode`.
@@ -132,6 +137,7 @@ def plan(
         max_pages=INT32_MAX // page_size if max_pages is None else max_pages,
         s_q=s_q,
         total_q=total_q,
+        batch_invariant=batch_invariant,
     )
     chosen = choose(problem, facts(seq_lens.device), forced(variant))
     return Plan(problem, chosen, seq_lens, cu_seqlens_q, bounded=max_pages is not None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,6 +28,7 @@ class Problem:
     page_size: int
     max_pages: int  # columns of the block table
     ragged: bool = False
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         if self.b > INT32_MAX:
@@ -47,8 +48,18 @@ class Problem:
         """Query rows (token, head) of a request; the average when they are ragged."""
         return -(-self.total_q * self.h_q // max(self.b, 1))
 
+    def without_batch(self) -> Problem:
+        """What a variant is chosen by in the batch-invariant mode: heads, dims and dtype.
+
+        Not query tokens, as those of a ragged request are known on the device only. It has the work
+        of a large batch: one request that fills any GPU.
+        """
+        return replace(self, b=1, s_q=1, total_q=1, page_size=64, max_pages=1 << 14, ragged=False)
+
     @classmethod
-    def from_tensors(cls, inputs: Inputs, d_v: int | None = None) -> Problem:
+    def from_tensors(
+        cls, inputs: Inputs, d_v: int | None = None, batch_invariant: bool = False
+    ) -> Problem:
         """The problem of a call. Checks all that needs no tensor's values.
 
         Raises TypeError for a wrong type or dtype, ValueError for the rest.
@@ -66,6 +77,7 @@ class Problem:
             page_size=inputs.kv.shape[1],
             max_pages=inputs.block_table.shape[1],
             ragged=ragged,
+            batch_invariant=bool(batch_invariant),
         )
 
     @classmethod
@@ -81,6 +93,7 @@ class Problem:
         s_q: int = 1,
         total_q: int | None = None,
         d_v: int | None = None,
+        batch_invariant: bool = False,
     ) -> Problem:
         """A problem without tensors. A `total_q` makes the query ragged and `s_q` meaningless."""
         ragged = total_q is not None
@@ -99,11 +112,14 @@ class Problem:
             page_size=check_size("page_size", page_size, 1),
             max_pages=check_size("max_pages", max_pages, 0),
             ragged=ragged,
+            batch_invariant=bool(batch_invariant),
         )
 
     def __str__(self) -> str:
         query = f"{self.total_q} ragged query tokens" if self.ragged else f"s_q={self.s_q}"
+        mode = ", batch-invariant" if self.batch_invariant else ""
         return (
             f"b={self.b}, {query}, h_q={self.h_q}, up to {self.max_len} KV tokens, "
-            f"page_size={self.page_size}, d_qk={self.d_qk}, d_v={self.d_v}, {DTYPES[self.dtype]}"
+            f"page_size={self.page_size}, d_qk={self.d_qk}, d_v={self.d_v}, "
+            f"{DTYPES[self.dtype]}{mode}"
         )

@@ -70,10 +70,6 @@ class Variant:
             )
         return reasons
 
-    def workspace_bytes(self, num_workers: int) -> int:
-        """Bytes of partial results of a launch of `num_workers` CTAs."""
-        return 0 if self.on_host else _mla.workspace_bytes(self.name, num_workers)
-
 
 def _read_table() -> tuple[Variant, ...]:
     columns = [field.name for field in fields(Variant)]

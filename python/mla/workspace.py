@@ -1,12 +1,21 @@
 """Scratch memory of the launches: a schedule and the partial results of split requests.
 
-    schedule  32 + 80 * num_workers + 32 * row_blocks + 12 * (b + 1) bytes, rounded up to 256;
+    schedule  48 + 80 * num_workers + 32 * row_blocks + 12 * (b + 1) bytes, rounded up to 256;
               none with a plan
-    partials  2 * num_workers * block_rows * (d_v + 1) * 4 bytes
+    partials  slots * block_rows * (d_v + 1) * 4 bytes, slots = 2 * num_workers
 
 num_workers is the number of SMs; row_blocks is b * ceil(s_q * h_q / block_rows), of a ragged query
-ceil(total_q * h_q / block_rows) + b. One buffer is kept for each device and stream, as calls on a
-stream follow each other; a captured graph gets buffers of its own from torch's pool of that graph.
+ceil(total_q * h_q / block_rows) + b. With `batch_invariant`
+
+    schedule  48 + 16 * num_workers + 32 * max(slots, row_blocks) + 32 * row_blocks
+              + 28 * (b + 1) + 16 * (num_workers + 1) bytes, rounded up to 256; none with a plan
+    slots     b * long_parts + 4 * row_blocks, long_parts the least of max_len / 1024,
+              sqrt(max_len) / 8, each rounded up, and 64; none if no request can be longer than
+              1024 tokens for each of its row blocks (1024 if the query is ragged)
+
+where max_len is what a row of the block table reaches, or what the plan was made for. One buffer is
+kept for each device and stream, as calls on a stream follow each other; a captured graph gets
+buffers of its own from torch's pool of that graph.
 """
 
 from __future__ import annotations
@@ -62,23 +71,34 @@ def schedule_bytes(variant: Variant, params: _mla.DecodeParams) -> int:
     return -(-size // SCHEDULE_ALIGNMENT) * SCHEDULE_ALIGNMENT
 
 
-def bytes_needed(variant: Variant, problem: Problem, num_workers: int, has_plan: bool) -> int:
-    """By a decode call."""
+def partial_bytes(variant: Variant, params: _mla.DecodeParams) -> tuple[int, int]:
+    """Of the partial results, and of their log-sum-exps behind them; only the sizes count."""
+    rows = _mla.partial_slots(variant.name, params) * variant.block_rows
+    return rows * variant.d_v * 4, rows * 4
+
+
+def bytes_needed(
+    variant: Variant, problem: Problem, num_workers: int, planned_len: int | None
+) -> int:
+    """By a decode call. `planned_len`: the `max_len` of its plan, if it has one."""
     if variant.on_host:
         return 0
     params = _mla.DecodeParams()
-    set_sizes(params, problem, num_workers)
-    schedule = 0 if has_plan else schedule_bytes(variant, params)
-    return schedule + variant.workspace_bytes(num_workers)
+    max_len = problem.max_len if planned_len is None else planned_len
+    set_sizes(params, problem, num_workers, max_len)
+    schedule = schedule_bytes(variant, params) if planned_len is None else 0
+    return schedule + sum(partial_bytes(variant, params))
 
 
-def set_sizes(params: _mla.DecodeParams, problem: Problem, num_workers: int) -> None:
-    """What a schedule's size depends on."""
+def set_sizes(params: _mla.DecodeParams, problem: Problem, num_workers: int, max_len: int) -> None:
+    """What the sizes of a schedule and of partial results depend on."""
     params.num_requests = problem.b
     params.s_q = problem.s_q
     params.total_q = problem.total_q
     params.h_q = problem.h_q
     params.num_workers = num_workers
+    params.max_len = max_len
+    params.batch_invariant = int(problem.batch_invariant)
     params.cu_seqlens_q = int(problem.ragged)  # in place of an address: no pointer is followed
 
 

@@ -1,0 +1,141 @@
+// Writes a batch-invariant schedule (parts.h) for the lengths as they are in memory; otherwise as plan.cu.
+
+#include "cta_sums.cuh"
+#include "parts.h"
+
+extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)
+    mla_plan_parts(const __grid_constant__ mla::Lengths lengths, mla::schedule::Shape shape, int32_t num_workers,
+                   mla::PlanHeader* out) {
+  using namespace mla;
+  __shared__ int64_t scratch[kPlanThreads / 32];
+  __shared__ int32_t max_row_blocks, num_requests, num_splits;
+  const int thread = threadIdx.x;
+  const schedule::PlanView plan = schedule::view(out, num_workers);
+  const parts::Memory memory = parts::memory_of(plan, lengths, shape, num_workers);
+  const int64_t max_items = schedule::max_items(lengths, shape), max_pieces = parts::max_pieces(lengths, shape),
+                max_partials = parts::max_partials(lengths, shape);
+  if (thread == 0) {
+    max_row_blocks = num_splits = 0;
+    num_requests = lengths.num_requests;
+  }
+  __syncthreads();
+  auto cut_of = [&](int i, schedule::Request& request) {
+    request = schedule::request_at(lengths, shape, i);
+    return parts::make_cut(request, shape);
+  };
+
+  // The group size: what would all requests cost in bundles of 1, 2, ... row blocks?
+  int64_t units[schedule::kMaxGroupSize] = {};
+  for (int i = thread; i < lengths.num_requests; i += kPlanThreads) {
+    schedule::Request request;
+    const int64_t own = parts::item_units(cut_of(i, request), shape);
+    atomicMax(&max_row_blocks, request.row_blocks);
+#pragma unroll
+    for (int g = 1; g <= schedule::kMaxGroupSize; ++g) units[g - 1] += schedule::bundles(request, g) * own;
+  }
+#pragma unroll
+  for (int g = 0; g < schedule::kMaxGroupSize; ++g) units[g] = block_sum(units[g], scratch);
+  const int32_t group_size = schedule::best_group_size(units, max_row_blocks, num_workers);
+  const int32_t num_groups = num_workers / group_size;
+
+  // Where each request's parts begin on the lines, and behind these its partial results. Requests whose query tokens overlap can have
+  // more than there is room for: from the first of these on, all are left out.
+#pragma unroll 1
+  for (int line = 0; line <= parts::kNumLines; ++line) {
+    const int64_t limit = line < parts::kNumLines ? max_pieces : max_partials;
+    int64_t units_before = 0, parts_before = 0;
+    for (int first = 0; first <= lengths.num_requests; first += kPlanThreads) {
+      const int i = first + thread;
+      schedule::Request request{};
+      parts::Cut cut{};
+      if (i < lengths.num_requests) cut = cut_of(i, request);
+      const parts::Run run = parts::run_of(cut, line);
+      const int64_t items = schedule::bundles(request, group_size);
+      const int64_t own_units = items * parts::units_of(run, shape);
+      const int64_t own_parts =
+          line < parts::kNumLines ? items * run.parts : int64_t{request.row_blocks} * parts::partials_of(cut);
+      int64_t all_units, all_parts;
+      const int64_t unit = units_before + block_prefix(own_units, scratch, all_units);
+      const int64_t part = parts_before + block_prefix(own_parts, scratch, all_parts);
+      units_before += all_units;
+      parts_before += all_parts;
+      if (i > lengths.num_requests) continue;
+      if (line < parts::kNumLines) memory.first_unit(line)[i] = unit;
+      memory.first_part(line)[i] = static_cast<int32_t>(min(part, limit));
+      const int64_t longs = line == parts::kShort ? memory.first_part(parts::kLong)[i] + items * cut.long_parts : 0;
+      if (longs + part + own_parts > limit) atomicMin(&num_requests, i);
+    }
+  }
+  __syncthreads();  // the lines are complete
+
+  // The long parts of each group.
+  auto place_of = [&](int line, int64_t unit) {
+    return parts::place_of(lengths, shape, memory, num_requests, line, unit);
+  };
+  const int64_t long_units = memory.first_unit(parts::kLong)[num_requests],
+                short_units = memory.first_unit(parts::kShort)[num_requests];
+  for (int g = thread; g <= num_groups; g += kPlanThreads) {
+    const parts::Place place = place_of(parts::kLong, parts::range_begin(long_units, num_groups, g));
+    memory.first_of_group(parts::kLong)[g] = place.parts;
+    memory.load[g] = place.units;
+  }
+  __syncthreads();  // the loads are complete
+
+  // The short ones: up to the least level that takes them all.
+  auto missing = [&](int g, int64_t level) {
+    return g < num_groups ? max(level - (memory.load[g + 1] - memory.load[g]), int64_t{0}) : int64_t{0};
+  };
+  int64_t level = 0;
+  for (int64_t high = schedule::ceil_div<int64_t>(long_units + short_units, num_groups); level < high;) {
+    const int64_t middle = level + (high - level) / 2;
+    int64_t room = 0;
+    for (int g = thread; g < num_groups; g += kPlanThreads) room += missing(g, middle);
+    if (block_sum(room, scratch) >= short_units) high = middle;
+    else level = middle + 1;
+  }
+  int64_t room_before = 0;
+  for (int first = 0; first <= num_groups; first += kPlanThreads) {
+    const int g = first + thread;
+    int64_t total;
+    const int64_t begin = room_before + block_prefix(missing(g, level), scratch, total);
+    room_before += total;
+    if (g <= num_groups)
+      memory.first_of_group(parts::kShort)[g] = place_of(parts::kShort, g < num_groups ? begin : short_units).parts;
+  }
+  __syncthreads();  // the groups' parts are known
+
+  const int32_t *longs = memory.first_of_group(parts::kLong), *shorts = memory.first_of_group(parts::kShort);
+  for (int worker = thread; worker < num_workers; worker += kPlanThreads) {
+    const int g = worker / group_size;
+    PlanWorker range{0, 0, worker % group_size, 0};
+    if (g < num_groups) {
+      range.first_piece = longs[g] + shorts[g];
+      range.end_piece = longs[g + 1] + shorts[g + 1];
+    }
+    plan.workers[worker] = range;
+  }
+  // In a group the long ones come first.
+#pragma unroll 1
+  for (int line = 0; line < parts::kNumLines; ++line) {
+    for (int number = thread; number < memory.first_part(line)[num_requests]; number += kPlanThreads) {
+      const parts::Part part = parts::part_at(lengths, shape, memory, num_requests, line, number);
+      const int g = schedule::last_not_above(memory.first_of_group(line), num_groups, number);
+      plan.pieces[number + (line == parts::kLong ? shorts[g] : longs[g + 1])] =
+          parts::make_piece(part, memory, shape, group_size);
+      if (part.number > 0 || part.cut.parts() == 1) continue;
+      // In any order: it changes which CTA combines an item, not what it computes.
+      const int split = atomicAdd(&num_splits, 1);
+      if (split < max_items) memory.splits[split] = parts::make_split(part, memory, shape, group_size);
+    }
+  }
+  __syncthreads();  // num_splits is complete
+  if (thread == 0) {
+    PlanHeader header{};
+    header.splits_at = schedule::splits_at(max_pieces, num_workers);
+    header.num_groups = num_groups;
+    header.group_size = group_size;
+    header.num_splits = static_cast<int32_t>(min(int64_t{num_splits}, max_items));
+    header.batch_invariant = 1;
+    *plan.header = header;
+  }
+}

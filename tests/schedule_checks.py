@@ -1,0 +1,213 @@
+"""What every schedule must be: work is done once and evenly, and each partial result is read.
+
+A schedule is what `_mla.schedule` returns, made by the host or read from a device's plan.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from device_plan import MAX_GROUP_SIZE, Batch, Shape, max_items, max_partials
+from mla import _mla
+
+ITEM_OVERHEAD_TOKENS, MIN_GROUP_TOKENS = _mla.ITEM_OVERHEAD_TOKENS, _mla.MIN_GROUP_TOKENS
+ALIGNMENT_SHARE = 64  # of schedule.h
+PART_OVERHEAD_TOKENS = 128  # of parts.h
+
+
+class Piece(NamedTuple):
+    worker: int
+    request: int
+    row_block: int
+    first_token: int
+    last_token: int
+    starts: bool
+    ends: bool
+    slot: int
+
+
+class Split(NamedTuple):
+    request: int
+    bundle: int
+    slots: list[int]
+
+
+class Schedule:
+    """A schedule and what it was made for."""
+
+    def __init__(
+        self,
+        made: dict[str, Any],
+        batch: Batch,
+        shape: Shape,
+        num_workers: int,
+        batch_invariant: bool = False,
+    ) -> None:
+        self.batch, self.num_workers, self.batch_invariant = batch, num_workers, batch_invariant
+        self.shape = shape
+        self.block_rows, self.block_n = shape
+        self.units_per_group: int = made["units_per_group"]
+        self.num_groups: int = made["num_groups"]
+        self.group_size: int = made["group_size"]
+        self.pieces = [Piece(*piece) for piece in made["pieces"]]
+        self.splits = [Split(*split) for split in made["splits"]]
+
+    def row_blocks(self, request: int) -> int:
+        return -(-self.batch.tokens(request)[1] * self.batch.h_q // self.block_rows)
+
+    def tiles(self, tokens: int) -> int:
+        return -(-tokens // self.block_n)
+
+    def group(self, piece: Piece) -> int:
+        return piece.worker // self.group_size
+
+    def check(self) -> None:
+        self.check_coverage()
+        self.check_groups()
+        if self.batch_invariant:
+            self.check_parts()
+            self.check_level()
+        else:
+            self.check_balance()
+        self.check_splits()
+
+    def check_coverage(self) -> None:
+        """Every token of every row block of every request once; nothing else."""
+        pieces_of: dict[tuple[int, int], list[Piece]] = defaultdict(list)
+        for piece in self.pieces:
+            pieces_of[piece.request, piece.row_block].append(piece)
+        requests = range(len(self.batch.seq_lens))
+        wanted = {(i, block) for i in requests for block in range(self.row_blocks(i))}
+        assert set(pieces_of) == wanted
+        for (request, _), pieces in pieces_of.items():
+            length = self.batch.length(request)
+            pieces.sort(key=lambda piece: piece.first_token)
+            assert pieces[0].first_token == 0
+            assert pieces[-1].last_token == length
+            assert all(a.last_token == b.first_token for a, b in pairwise(pieces))
+            assert [piece.starts for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+            assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+            if length == 0:
+                assert len(pieces) == 1
+            else:
+                assert all(piece.first_token < piece.last_token for piece in pieces)
+            assert all(piece.first_token % self.block_n == 0 for piece in pieces)
+
+    def check_groups(self) -> None:
+        """Workers of a group read the same KV."""
+        size = self.group_size
+        assert 1 <= size <= MAX_GROUP_SIZE
+        assert self.num_groups * size <= self.num_workers
+        ranges: dict[tuple[int, int, int, int], tuple[int, int]] = {}
+        for piece in self.pieces:
+            assert 0 <= piece.worker < self.num_groups * size
+            assert piece.row_block % size == piece.worker % size
+            part = piece.first_token if self.batch_invariant else 0
+            key = (self.group(piece), piece.request, piece.row_block // size, part)
+            tokens = (piece.first_token, piece.last_token)
+            assert ranges.setdefault(key, tokens) == tokens
+
+    def total_units(self, group_size: int) -> int:
+        """The cost of the batch in bundles of `group_size` row blocks, by schedule.h's rule."""
+        overhead = self.tiles(ITEM_OVERHEAD_TOKENS)
+        return sum(
+            -(-self.row_blocks(i) // group_size)
+            * (overhead + max(self.tiles(self.batch.length(i)), 1))
+            for i in range(len(self.batch.seq_lens))
+        )
+
+    def check_balance(self) -> None:
+        """No group has much more than an even share, and no other group size would lessen that.
+
+        Items of one length may be cut where they end, if that costs little: no group then has the
+        end of one item and the beginning of another.
+        """
+        load: dict[int, int] = defaultdict(int)
+        for piece in self.pieces:
+            load[piece.worker] += max(self.tiles(piece.last_token - piece.first_token), 1)
+        assert all(units <= self.units_per_group for units in load.values())
+
+        overhead = self.tiles(ITEM_OVERHEAD_TOKENS)
+        least = overhead + self.tiles(MIN_GROUP_TOKENS)
+
+        def share(size: int) -> int:
+            return -(-self.total_units(size) // (self.num_workers // size))
+
+        requests = range(len(self.batch.seq_lens))
+        blocks = max(map(self.row_blocks, requests), default=0)
+        sizes = range(1, max(1, min(MAX_GROUP_SIZE, blocks, self.num_workers)) + 1)
+        assert share(self.group_size) == min(map(share, sizes))
+        even = max(share(self.group_size), least)
+        units = self.total_units(self.group_size)
+        rows = [i for i in requests if self.row_blocks(i)]
+        if len({max(self.tiles(self.batch.length(i)), 1) for i in rows}) != 1:
+            assert self.units_per_group == even
+            assert self.num_groups == -(-units // even)
+        elif self.units_per_group != even:
+            assert self.units_per_group <= even + even // ALIGNMENT_SHARE + overhead
+            assert self.num_groups <= self.num_workers // self.group_size
+            kinds: dict[int, set[tuple[int, int, bool]]] = defaultdict(set)
+            for piece in self.pieces:
+                bundle = piece.row_block // self.group_size
+                kinds[self.group(piece)].add((piece.request, bundle, piece.slot >= 0))
+            for of_group in kinds.values():
+                assert len(of_group) == 1 or not any(partial for *_, partial in of_group)
+
+    def cuts(self) -> dict[tuple[int, int], list[tuple[int, int]]]:
+        """By request and row block, the token ranges that are added up each by itself, in order."""
+        found: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+        for piece in self.pieces:
+            found[piece.request, piece.row_block].append((piece.first_token, piece.last_token))
+        return {key: sorted(ranges) for key, ranges in found.items()}
+
+    def check_parts(self) -> None:
+        """Pieces follow from length and row blocks of the request alone, and are pairs of tiles."""
+        by_size: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for (request, _), ranges in self.cuts().items():
+            size = (self.batch.length(request), self.row_blocks(request))
+            assert by_size.setdefault(size, ranges) == ranges
+            assert all(first % (2 * self.block_n) == 0 for first, _ in ranges)
+
+    def check_level(self) -> None:
+        """No group has more than an even share and the largest part of the batch."""
+        overhead = self.tiles(PART_OVERHEAD_TOKENS)
+        load: dict[int, int] = defaultdict(int)
+        largest = 0
+        for piece in self.pieces:
+            if piece.row_block % self.group_size == 0:
+                tokens = piece.last_token - piece.first_token
+                units = overhead + 2 * max(1, -(-tokens // (2 * self.block_n)))
+                load[self.group(piece)] += units
+                largest = max(largest, units)
+        groups = self.num_workers // self.group_size
+        assert self.num_groups == groups
+        assert max(load.values(), default=0) <= -(-sum(load.values()) // groups) + largest
+
+    def check_splits(self) -> None:
+        """What combine reads is what workers leave, in order, each piece in a slot of its own."""
+        partial = [piece for piece in self.pieces if not (piece.starts and piece.ends)]
+        assert all((piece.slot == -1) == (piece.starts and piece.ends) for piece in self.pieces)
+        slots = [piece.slot for piece in partial]
+        assert len(set(slots)) == len(slots)
+        bound = 2 * self.num_workers
+        if self.batch_invariant:
+            bound = max_partials(self.batch, self.shape)
+        assert all(0 <= slot < bound for slot in slots)
+
+        most = max_items(self.batch, self.shape) if self.batch_invariant else self.num_workers
+        assert len(self.splits) <= most
+        left: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for piece in sorted(partial, key=lambda piece: piece.first_token):
+            left[piece.request, piece.row_block].append(piece.slot)
+        read: dict[tuple[int, int], list[int]] = {}
+        for split in self.splits:
+            assert len(split.slots) > 1
+            for member in range(self.group_size):
+                row_block = split.bundle * self.group_size + member
+                if row_block >= self.row_blocks(split.request):
+                    continue
+                assert (split.request, row_block) not in read
+                read[split.request, row_block] = [slot + member for slot in split.slots]
+        assert read == dict(left)
