@@ -180,12 +180,21 @@ def gaps_hold(view: Tensor, poison: float) -> bool:
 def make_problem(case: Case, device: torch.device | str, *, seed: int = 0) -> Inputs:
     """Random tensors for `case`. A request's pages are scattered over a pool with unused pages."""
     generator = torch.Generator(device).manual_seed(seed)
-    dtype, b = DTYPES[case.dtype], len(case.seq_lens)
+    dtype = DTYPES[case.dtype]
 
     def values(*shape: int) -> Tensor:
         if case.values == "ternary":
             return torch.randint(-1, 2, shape, generator=generator, device=device).to(dtype)
         return (torch.randn(shape, generator=generator, device=device) / 10).to(dtype)
+
+    total_q, total_kv = sum(case.query_lens), sum(case.seq_lens)
+    rows, tokens = values(total_q, case.h_q, case.d_qk), values(total_kv, case.d_qk)
+    return lay_out(case, rows, tokens, seed=seed)
+
+
+def lay_out(case: Case, rows: Tensor, tokens: Tensor, *, seed: int = 0) -> Inputs:
+    """The tensors of `case` with these query rows and cache rows, on their device."""
+    device, dtype, b = rows.device, rows.dtype, len(case.seq_lens)
 
     def place(source: Tensor, shape: Sequence[int], split: bool) -> Tensor | tuple[Tensor, Tensor]:
         """`source` in a poisoned tensor. Split: two views of it when strided, else two tensors."""
@@ -197,9 +206,6 @@ def make_problem(case: Case, device: torch.device | str, *, seed: int = 0) -> In
             return packed
         first, second = packed[..., : case.d_v], packed[..., case.d_v :]
         return (first, second) if case.strided else (first.contiguous(), second.contiguous())
-
-    total_q, total_kv = sum(case.query_lens), sum(case.seq_lens)
-    rows, tokens = values(total_q, case.h_q, case.d_qk), values(total_kv, case.d_qk)
 
     table, slots, num_pages = _scatter_pages(case, seed)
     width = table.shape[1] + (4 if case.strided else 0)

@@ -50,6 +50,15 @@ def case_file(tmp_path: Path) -> Path:
     return path
 
 
+def test_both_modes_beside_each_other(case_file: Path, tmp_path: Path) -> None:
+    options = f"--device cpu --cases {case_file} --json {tmp_path / 'r.json'} --repeat 1"
+    assert command(f"bench {options} --batch-invariant --variant cpu") == 0
+    for name in ("r.cpu.json", "r.cpu.batch_invariant.json"):
+        entries = json.loads((tmp_path / name).read_text())
+        assert {entry["variant"] for entry in entries} == {"cpu"}
+        assert len(entries) == 2
+
+
 def test_bench_writes_what_a_comparison_reads(
     case_file: Path, tmp_path: Path, capsys: Output
 ) -> None:

@@ -123,9 +123,9 @@ def decode(
     workspace: uint8 scratch memory of the caller's; the error for a small one says how many bytes
         are needed.
     batch_invariant: a request's results have the same bits whatever the other requests are, where
-        in the batch it stands, and however its pages lie. Costs up to about 15 % in large batches,
-        more in small ones and with several row blocks, and scratch memory that grows with the batch
-        (see `mla.workspace`). A plan for it is made with the same argument.
+        in the batch it stands, and however its pages lie: variant and splits follow from its own
+        length and rows, its dims and dtype. Slower, and needs scratch memory that grows with the
+        batch (mla/workspace.py has the formula). A plan for it is made with the same argument.
     variant: a pipeline or a variant to force; `mla.variants()` lists them.
 
     Returns out, or (out, lse) with `return_lse`: lse is the natural logarithm of the sum of

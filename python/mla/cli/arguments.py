@@ -77,6 +77,9 @@ def _explain(parser: ArgumentParser) -> None:
     parser.add_argument("--d-qk", type=_positive, default=576, help="columns of q and KV")
     parser.add_argument("--dtype", type=_dtype, default="bfloat16", help="bf16 or fp16")
     parser.add_argument("--page-size", type=_positive, default=64, help="KV tokens per page")
+    parser.add_argument(
+        "--batch-invariant", action="store_true", help="of the batch-invariant mode"
+    )
     parser.add_argument("--variant", help="force a pipeline or a variant by name")
     where = parser.add_mutually_exclusive_group()
     _device(where)
@@ -106,6 +109,11 @@ def _bench(parser: ArgumentParser) -> None:
         "--variant",
         action="append",
         help="force a pipeline or a variant by name; repeated: measured alternately",
+    )
+    parser.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="also measure each variant in the batch-invariant mode, beside the free schedule",
     )
     parser.add_argument("--targets", help="choose among the rows of one image set, like ampere_99k")
     parser.add_argument(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
@@ -13,20 +12,18 @@ import torch
 import mla
 from mla import dispatch
 from mla.checks import D_V
-from mla.device import facts
-from mla.problem import Problem
-from mla.variants import VARIANTS, Variant
+from mla.variants import VARIANTS
 
 from .arguments import UsageError
-from .cases import Case, CaseInputs, CasePool, load_cases, with_overrides
+from .calls import HEURISTIC, call, pick, requested
+from .cases import Case, CasePool, load_cases, with_overrides
 from .console import console, make_progress
 from .devices import device_name, kernel_driver, pick_device
 from .floors import Floors, floors_table, measure_floors
 from .results import Result, result_table, summary_table, write_conditions, write_results
 from .timing import CpuTimer, GpuTimer, measure
 
-SCALE = 192**-0.5  # of DeepSeek-V3's un-absorbed heads, without YaRN
-HEURISTIC = "heuristic"  # what a run without a forced name is called
+BATCH_INVARIANT = "batch_invariant"  # follows a name in the name of a run in that mode
 METHOD = (
     "events around one call, output allocation inside, after a read of 256 MB and a sleep on the "
     "device; pages scattered at random, random data"
@@ -44,8 +41,11 @@ def run(args: Namespace) -> int:
     if floors:
         console.print(floors_table(floors, args.cases.with_name("floors.json")))
 
-    runs = list(dict.fromkeys(args.variant or [HEURISTIC]))
-    requests = {name: _request(name) for name in runs}
+    runs: dict[str, tuple[dispatch.Forced | None, bool]] = {}  # and whether batch-invariant
+    for name in args.variant or [HEURISTIC]:
+        runs[name] = requested(name), False
+        if args.batch_invariant:
+            runs[f"{name}.{BATCH_INVARIANT}"] = requested(name), True
     results: list[Result] = []
     skipped: list[str] = []
     pool = CasePool(cases, device)
@@ -54,18 +54,19 @@ def run(args: Namespace) -> int:
             inputs = pool.inputs(case)
             floor_us = floors.case_us(case.io_bytes, case.flop) if floors else None
             variants, calls = {}, {}
-            for name in runs:
+            for name, (request, invariant) in runs.items():
                 try:
-                    variants[name] = _pick(case, device, requests[name], args.targets).name
+                    variant = pick(case, device, request, args.targets, invariant).name
                 except mla.UnsupportedError as error:
                     skipped.append(f"{name} on {case.id}: {error}")
                 else:
-                    calls[name] = _call(case, inputs, variants[name], args.planning)
+                    variants[name] = variant
+                    calls[name] = call(case, inputs, variant, args.planning, invariant)
             for name, timing in measure(timer, calls).items():
                 results.append(Result(name, case, variants[name], timing, floor_us))
 
-    _print_results(runs, results, skipped)
-    _write_files(args, device, floors, runs, results)
+    _print_results(list(runs), results, skipped)
+    _write_files(args, device, floors, list(runs), results)
     return 2 if skipped else 0
 
 
@@ -98,70 +99,6 @@ def _prepare_files(args: Namespace) -> None:
             raise UsageError(f"no such folder: {path.parent}")
     if args.plot:
         import_module("mla.cli.plot")
-
-
-def _request(name: str) -> dispatch.Forced | None:
-    try:
-        return dispatch.forced(None if name == HEURISTIC else name)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-
-
-def _pick(
-    case: Case, device: torch.device, request: dispatch.Forced | None, targets: str | None
-) -> Variant:
-    """What dispatch would choose if the table had only the rows of `targets`."""
-    problem = Problem.from_sizes(
-        b=case.b,
-        s_q=case.s_q,
-        h_q=case.h_q,
-        d_qk=case.d_qk,
-        dtype=case.dtype,
-        page_size=case.page_size,
-        max_pages=max(-(-length // case.page_size) for length in case.seq_lens),
-    )
-    choice = dispatch.weigh(problem, facts(device), request)
-    admitted = [
-        variant
-        for variant in VARIANTS
-        if variant.name in choice.estimates
-        and (request is None or request.admits(variant))
-        and targets in (None, variant.targets)
-    ]
-    if not admitted:
-        raise dispatch.refusal(problem, facts(device), choice)
-
-    def predicted_us(variant: Variant) -> float:
-        estimate = choice.estimates[variant.name]
-        return estimate.us if estimate else 0.0
-
-    return min(admitted, key=predicted_us)
-
-
-def _call(case: Case, inputs: CaseInputs, variant: str, planning: bool) -> Callable[[], object]:
-    """What is timed: one decode, with its plan made before, or inside when `planning`."""
-    plan = None
-    if not planning:
-        plan = mla.plan(
-            inputs.seq_lens,
-            s_q=case.s_q,
-            h_q=case.h_q,
-            d_qk=case.d_qk,
-            dtype=case.dtype,
-            page_size=case.page_size,
-            max_pages=inputs.block_table.shape[1],
-            variant=variant,
-        )
-    return lambda: mla.decode(
-        inputs.q,
-        inputs.kv_cache,
-        inputs.block_table,
-        inputs.seq_lens,
-        scale=SCALE,
-        causal=case.causal,
-        plan=plan,
-        variant=variant,
-    )
 
 
 def _print_results(runs: list[str], results: list[Result], skipped: list[str]) -> None:

@@ -25,6 +25,7 @@ def run(args: Namespace) -> int:
             dtype=getattr(torch, args.dtype),
             page_size=args.page_size,
             device=args.gpu or args.device,
+            batch_invariant=args.batch_invariant,
             variant=args.variant,
         )
     except (ValueError, TypeError) as error:
