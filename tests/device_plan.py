@@ -9,7 +9,7 @@ import math
 import random
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -81,6 +81,17 @@ OVERLAPPING = {
 }
 
 
+# Too many for a batch-invariant plan: pieces, and partial results in tiles of 64 rows.
+OVERLAPPING_PIECES = replace(OVERLAPPING["all or nothing"], max_len=1000)
+OVERLAPPING_PARTIALS = Batch(
+    [11_000] * 279,
+    q_lens=[30] + [0] * 278,
+    h_q=128,
+    max_len=11_000,
+    cuts=[0, 5, 10, 15, 20, 25, 30] * 40,
+)
+
+
 def batches() -> list[Batch]:
     rng = random.Random(0)
     found = [
@@ -98,6 +109,9 @@ def batches() -> list[Batch]:
         Batch([64] * 1025),  # more requests than the planner has threads
         Batch([rng.randint(0, 300) for _ in range(5000)], q_lens=2),
         Batch([3000], q_lens=8192, h_q=128),
+        Batch([1_000_000]),
+        Batch([3] * 2000 + [1_000_000] + [3] * 2095),
+        Batch([1] * 4096, h_q=128),
     ]
     for _ in range(60):
         b = rng.choice((1, 2, 5, 33, 300))

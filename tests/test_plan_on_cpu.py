@@ -15,7 +15,17 @@ from pathlib import Path
 
 import pytest
 from compiler import HERE, compile_cpp
-from device_plan import OVERLAPPING, SHAPES, Batch, DevicePlan, Shape, batches, host_schedule
+from device_plan import (
+    OVERLAPPING,
+    OVERLAPPING_PARTIALS,
+    OVERLAPPING_PIECES,
+    SHAPES,
+    Batch,
+    DevicePlan,
+    Shape,
+    batches,
+    host_schedule,
+)
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from schedule_checks import Schedule
@@ -166,6 +176,16 @@ def test_more_pieces_than_there_is_room_for(
     with pytest.raises(ValueError, match="too many pieces"):
         host_schedule(OVERLAPPING[name], shape, workers)
     planner.check(OVERLAPPING[name], shape, workers, backward)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"r{shape[0]}_n{shape[1]}")
+def test_more_parts_than_there_is_room_for(planner: Planner, shape: Shape, backward: bool) -> None:
+    found = [OVERLAPPING_PIECES, *([OVERLAPPING_PARTIALS] if shape[0] == 64 else [])]
+    for batch in found:
+        with pytest.raises(ValueError, match="too many pieces"):
+            host_schedule(batch, shape, 132, True)
+        planner.check(batch, shape, 132, backward)
 
 
 def test_more_items_than_32_bits_count(planner: Planner) -> None:
