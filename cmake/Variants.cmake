@@ -5,6 +5,8 @@ include_guard(GLOBAL)
 # architectures that ptxas makes of its PTX. The PTX itself is added when its architecture has no suffix (that of
 # compute_90a would run on 9.0 only).
 set(MLA_TARGETS_any compute_80 sm_80 sm_86 sm_90a sm_120)
+set(MLA_TARGETS_before_sm90 compute_80 sm_80 sm_86)
+set(MLA_TARGETS_from_sm90 compute_90 sm_90a sm_120)  # with the instructions of programmatic dependent launch
 set(MLA_TARGETS_ampere_163k compute_80 sm_80 sm_90a)
 set(MLA_TARGETS_ampere_99k compute_80 sm_86 sm_120)  # sm_86 code also runs on 8.9
 set(MLA_TARGETS_hopper compute_90a sm_90a)

@@ -36,7 +36,8 @@ struct alignas(64) TensorMap {
   uint64_t words[16];
 };
 
-// A schedule in device memory: this header, PlanWorker[num_workers], the pieces, the SplitItems, and what only the planner reads.
+// A schedule in device memory: this header, PlanWorker[num_workers], the flags of pairs, the pieces, the SplitItems, and what only
+// the planner reads.
 // What the words mean and how large the whole is: common/schedule.h and, of a batch-invariant one, common/parts.h.
 struct PlanHeader {
   int64_t units_per_group;  // 0 if batch-invariant
@@ -53,8 +54,11 @@ struct PlanHeader {
 struct PlanWorker {
   int32_t first_piece, end_piece;
   int32_t member;
-  int32_t reserved;
+  int32_t pairs;  // of kMergesFirst and kLeavesLast
 };
+// An item in two pieces is a pair, where the pipeline merges pairs: the later group merges what the one before it left.
+constexpr int32_t kMergesFirst = 1;  // the worker's first piece is the later one of a pair
+constexpr int32_t kLeavesLast = 2;   // its last piece is the earlier one
 
 // A range of KV tiles of one item. Row and slot are those of member 0.
 struct Piece {
@@ -67,7 +71,7 @@ struct Piece {
   int32_t partial_slot;  // -1: the piece is the whole item, its result is final
 };
 
-// An item in several pieces, whose partial results must be combined: that of piece 0 is at first_slot, that of piece i > 0 at
+// An item in several pieces, whose partial results the combine kernel merges: that of piece 0 is at first_slot, that of piece i > 0 at
 // second_slot + (i - 1) * slot_step.
 struct SplitItem {
   int32_t request, first_token, num_tokens, first_row;  // as in Piece
@@ -131,7 +135,7 @@ constexpr int kMinBoxRows = 16;
 
 // Launch shapes of the two small kernels; those of the pipelines are in variants.inc.
 constexpr int kPlanThreads = 512;  // one CTA; the sums over group sizes need more registers than 1024 threads have
-constexpr int kCombineThreads = 256, kCombineCtasPerWorker = 8;  // at most as many as an SM holds
+constexpr int kCombineThreads = 256, kCombineCtasPerWorker = 3;  // at most as many as an SM holds
 
 static_assert(sizeof(TensorMap) == 128);
 static_assert(sizeof(PlanHeader) == 48 && sizeof(PlanWorker) == 16 && sizeof(Piece) == 32 && sizeof(SplitItem) == 32);

@@ -61,6 +61,7 @@ Record describe(const Variant& variant) {
   row["smem_limit"] = variant.smem_limit;
   row["min_sm"] = variant.min_sm;
   row["exact_sm"] = variant.exact_sm;
+  row["merges_pairs"] = merges_pairs(variant);
   return row;
 }
 
@@ -85,7 +86,7 @@ nb::bytes image(std::string_view name) {
 
 Record host_schedule(const std::vector<int32_t>& seq_lens, const std::optional<std::vector<int32_t>>& cu_seqlens_q,
                      int32_t s_q, int32_t total_q, int32_t h_q, int64_t max_len, int32_t block_rows, int32_t block_n,
-                     int32_t num_workers, bool batch_invariant) {
+                     bool merges_pairs, int32_t num_workers, bool batch_invariant) {
   if (cu_seqlens_q && cu_seqlens_q->size() != seq_lens.size() + 1)
     throw nb::value_error("cu_seqlens_q must have one element more than seq_lens");
   if (h_q < 1 || block_rows < 1 || block_n < 1 || num_workers < 1)
@@ -98,7 +99,8 @@ Record host_schedule(const std::vector<int32_t>& seq_lens, const std::optional<s
   lengths.total_q = total_q;
   lengths.h_q = h_q;
   lengths.max_len = max_len;
-  const HostSchedule made = make_host_schedule(lengths, {block_rows, block_n}, num_workers, batch_invariant);
+  const HostSchedule made =
+      make_host_schedule(lengths, {block_rows, block_n, merges_pairs}, num_workers, batch_invariant);
 
   nb::list pieces, splits;
   for (const WorkerPiece& p : made.pieces)
@@ -111,6 +113,7 @@ Record host_schedule(const std::vector<int32_t>& seq_lens, const std::optional<s
   result["group_size"] = made.header.group_size;
   result["pieces"] = pieces;
   result["splits"] = splits;
+  result["pairs"] = made.pairs;
   return result;
 }
 
@@ -174,7 +177,7 @@ NB_MODULE(_mla, m) {
       "How many partial results o_partial, float32 [slots, block_rows, d_v], and lse2_partial, [slots, block_rows], "
       "must have room for.");
   m.def("schedule", &host_schedule, "seq_lens"_a, "cu_seqlens_q"_a.none(), "s_q"_a, "total_q"_a, "h_q"_a, "max_len"_a,
-        "block_rows"_a, "block_n"_a, "num_workers"_a, "batch_invariant"_a = false,
+        "block_rows"_a, "block_n"_a, "merges_pairs"_a, "num_workers"_a, "batch_invariant"_a = false,
         "The schedule that launch_plan would write, made on the host, with the pieces that it gives each worker.");
 
   m.def(

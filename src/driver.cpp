@@ -115,6 +115,22 @@ const Driver& driver() {
 std::string driver_problem() { return loaded_driver().problem; }
 int driver_version() { return loaded_driver().version; }
 
+int compute_capability(int device) {
+  static std::mutex mutex;
+  static std::map<int, int> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& capability = known[device];
+  if (capability == 0) {
+    CUdevice handle;
+    int major, minor;
+    driver().cuDeviceGet(&handle, device);
+    driver().cuDeviceGetAttribute(&major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, handle);
+    driver().cuDeviceGetAttribute(&minor, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, handle);
+    capability = major * 10 + minor;
+  }
+  return capability;
+}
+
 ContextGuard::ContextGuard(int device) {
   const CUcontext wanted = primary_context(device);
   CUcontext current = nullptr;

@@ -76,6 +76,9 @@ std::string driver_problem();
 // As cuDriverGetVersion has it (12020 = CUDA 12.2); 0 without a driver.
 int driver_version();
 
+// Of a device, as 90 for 9.0.
+int compute_capability(int device);
+
 // Makes the primary context of a device, which is PyTorch's too, current for the life of the guard. A thread that has
 // launched nothing yet has no current context, and one that works on another device has another.
 class ContextGuard {

@@ -55,8 +55,10 @@ HostPlan make_plan(const Lengths& lengths, Shape shape, int32_t num_workers) {
     if (g < plan.header.num_groups) {
       const int64_t begin = g * plan.header.units_per_group,
                     end = std::min(begin + plan.header.units_per_group, num_units);
-      range.first_piece = write_piece(item_of_unit(begin), g);
-      range.end_piece = write_piece(item_of_unit(end - 1), g) + 1;
+      const Item first = item_of_unit(begin), last = item_of_unit(end - 1);
+      range.first_piece = write_piece(first, g);
+      range.end_piece = write_piece(last, g) + 1;
+      range.pairs = pairs_of(first, last, shape, plan.header, g);
       SplitItem split;
       if (range.member == 0 && end < num_units && make_split(item_of_unit(end), shape, plan.header, g, split))
         plan.splits.push_back(split);
@@ -76,9 +78,10 @@ HostPlan make_plan(const Lengths& lengths, Shape shape, int32_t num_workers) {
 HostSchedule make_host_schedule(const Lengths& lengths, Shape shape, int32_t num_workers, bool batch_invariant) {
   const HostPlan plan =
       batch_invariant ? make_plan_of_parts(lengths, shape, num_workers) : make_plan(lengths, shape, num_workers);
-  HostSchedule result{plan.header, {}, {}};
+  HostSchedule result{plan.header, {}, {}, {}};
   for (int32_t worker = 0; worker < num_workers; ++worker) {
     const PlanWorker& range = plan.workers[static_cast<size_t>(worker)];
+    result.pairs.push_back(range.pairs);
     for (int32_t index = range.first_piece; index < range.end_piece; ++index) {
       // The test of the decode kernels: a bundle may have no row block for this member, a group no tile of an item.
       const Piece& piece = plan.pieces[static_cast<size_t>(index)];

@@ -26,7 +26,8 @@ struct Split {
 struct HostSchedule {
   PlanHeader header;
   std::vector<WorkerPiece> pieces;  // worker by worker, in the order of the work
-  std::vector<Split> splits;
+  std::vector<Split> splits;        // that the combine kernel merges
+  std::vector<int32_t> pairs;       // PlanWorker::pairs of each worker
 };
 
 // The pointers of `lengths` are to host memory. num_workers, h_q and the shape are positive. Throws

@@ -19,14 +19,26 @@ const Kernel& decode_kernel(const Variant& variant, Dtype dtype, int device) {
                     variant.smem_bytes);
 }
 
+// Programmatic dependent launch: a kernel may start while the one before still runs, and waits for its results by itself.
+bool overlaps_launches(int device) { return compute_capability(device) >= 90; }
+
 const Kernel& combine_kernel(const Variant& variant, Dtype dtype, int device) {
-  return get_kernel("combine", combine_entry(variant, dtype), device, Occupancy::any);
+  return get_kernel(overlaps_launches(device) ? "combine_sm90" : "combine_sm80", combine_entry(variant, dtype), device,
+                    Occupancy::any);
 }
+
+enum class Start { after_kernel_before, beside_kernel_before };
 
 // The arguments are the kernel's parameters, in order.
 template <class... Args>
-void launch(const Kernel& kernel, unsigned blocks, unsigned threads, uintptr_t stream, const Args&... args) {
+void launch(const Kernel& kernel, unsigned blocks, unsigned threads, uintptr_t stream, Start start,
+            const Args&... args) {
   CUlaunchConfig config{};
+  CUlaunchAttribute beside{};
+  beside.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+  beside.value.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &beside;
+  config.numAttrs = start == Start::beside_kernel_before;
   config.gridDimX = blocks;
   config.gridDimY = config.gridDimZ = 1;
   config.blockDimX = threads;
@@ -42,8 +54,8 @@ void launch(const Kernel& kernel, unsigned blocks, unsigned threads, uintptr_t s
 
 void launch_plan(const Variant& variant, const DecodeParams& params, int device, uintptr_t stream) {
   const ContextGuard guard(device);
-  launch(plan_kernel(params.batch_invariant, device), 1, kPlanThreads, stream, params.lengths, shape_of(variant),
-         params.num_workers, const_cast<PlanHeader*>(params.plan));
+  launch(plan_kernel(params.batch_invariant, device), 1, kPlanThreads, stream, Start::after_kernel_before,
+         params.lengths, shape_of(variant), params.num_workers, const_cast<PlanHeader*>(params.plan));
 }
 
 void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& given, int device, uintptr_t stream) {
@@ -54,8 +66,10 @@ void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& give
   params.by_h_q = make_fast_divisor(params.lengths.h_q);
   if (fetches_boxes(variant)) add_tensor_maps(variant, dtype, params);
   const unsigned workers = static_cast<unsigned>(params.num_workers);
-  launch(decode_kernel(variant, dtype, device), workers, 32 * static_cast<unsigned>(variant.warps), stream, params);
-  launch(combine_kernel(variant, dtype, device), kCombineCtasPerWorker * workers, kCombineThreads, stream, params,
+  launch(decode_kernel(variant, dtype, device), workers, 32 * static_cast<unsigned>(variant.warps), stream,
+         Start::after_kernel_before, params);
+  launch(combine_kernel(variant, dtype, device), kCombineCtasPerWorker * workers, kCombineThreads, stream,
+         overlaps_launches(device) ? Start::beside_kernel_before : Start::after_kernel_before, params,
          shape_of(variant));
 }
 

@@ -8,7 +8,9 @@
 
 namespace mla {
 
-inline schedule::Shape shape_of(const Variant& variant) { return {variant.block_rows, variant.block_n}; }
+inline schedule::Shape shape_of(const Variant& variant) {
+  return {variant.block_rows, variant.block_n, merges_pairs(variant)};
+}
 
 // Writes the schedule for params.lengths, params.num_workers and params.batch_invariant to params.plan.
 void launch_plan(const Variant& variant, const DecodeParams& params, int device, uintptr_t stream);

@@ -26,6 +26,9 @@ struct Variant {
 // Its kernels fetch boxes of the cache by tensor maps, as all do that no GPU before 9.0 runs.
 constexpr bool fetches_boxes(const Variant& variant) { return variant.min_sm >= 90; }
 
+// Its workers merge pairs (PlanWorker); what others split, the combine kernel merges.
+constexpr bool merges_pairs(const Variant& variant) { return variant.pipeline == "sm90_3wg"; }
+
 // In the table's order; the host variant has zeros for the tile.
 extern const Variant kVariants[];
 extern const size_t kNumVariants;

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 
 from mla import _mla
 
-Shape = tuple[int, int]  # block_rows, block_n
+Shape = tuple[int, int, bool]  # block_rows, block_n, merges_pairs
 SHAPES: dict[Shape, str] = {  # and a variant that has it
-    (row["block_rows"], row["block_n"]): row["name"]
+    (row["block_rows"], row["block_n"], row["merges_pairs"]): row["name"]
     for row in _mla.variants()
     if row["targets"] != "host"
 }
 MAX_GROUP_SIZE = 8  # of schedule.h
+MERGES_FIRST, LEAVES_LAST = 1, 2  # of params.h
 PART_TOKENS, MAX_LONG_PARTS, MAX_SHORT_PARTS = 1024, 64, 4  # of parts.h
 
 
@@ -150,7 +151,7 @@ class Worker(NamedTuple):
     first_piece: int
     end_piece: int
     member: int
-    reserved: int
+    pairs: int
 
 
 class Piece(NamedTuple):
@@ -194,16 +195,17 @@ class DevicePlan:
         sizes = part_sizes(batch, shape, workers, batch_invariant)
         assert len(words) == sum(sizes)
         ends = list(accumulate(sizes))
-        header, by_worker, pieces, splits, _ = (
+        header, by_worker, left, pieces, splits, _ = (
             words[end - size : end] for size, end in zip(sizes, ends, strict=True)
         )
         self.batch, self.shape, self.num_workers = batch, shape, workers
         self.units_per_group, _, splits_at = struct.unpack("3q", struct.pack("6i", *header[:6]))
-        assert splits_at == 4 * ends[2]
+        assert splits_at == 4 * ends[3]
+        assert batch_invariant or not any(left)
         self.num_groups, self.group_size, self.num_splits = header[6:9]
         assert header[9] == batch_invariant
         self.batch_invariant = batch_invariant
-        self.max_splits = sizes[3] // 8
+        self.max_splits = sizes[4] // 8
         self.num_slots = max_partials(batch, shape) if batch_invariant else 2 * workers
         self.workers = [Worker(*by_worker[i : i + 4]) for i in range(0, len(by_worker), 4)]
         written = splits[: 8 * self.num_splits]
@@ -217,7 +219,7 @@ class DevicePlan:
 
     def walk(self) -> list[tuple[object, ...]]:
         """What each worker computes, as the kernels read it and as `_mla.schedule` lists it."""
-        block_rows, block_n = self.shape
+        block_rows, block_n, _ = self.shape
         found: list[tuple[object, ...]] = []
         for worker, (first, end, member, _) in enumerate(self.workers):
             for piece in self.pieces[first:end]:
@@ -248,9 +250,12 @@ class DevicePlan:
         assert 1 <= size <= MAX_GROUP_SIZE
         assert 0 <= self.num_groups * size <= self.num_workers
         assert 0 <= self.num_splits <= self.max_splits
-        for worker in self.workers:
+        merges = self.shape[2] and not self.batch_invariant
+        assert merges or not any(worker.pairs for worker in self.workers)
+        for number, worker in enumerate(self.workers):
             assert 0 <= worker.first_piece <= worker.end_piece <= len(self.pieces), worker
             assert worker.member in range(size), worker
+            self.check_pairs(number, worker)
             for piece in self.pieces[worker.first_piece : worker.end_piece]:
                 assert piece.request in requests, piece
                 assert (piece.first_token, piece.num_tokens) == batch.tokens(piece.request), piece
@@ -272,6 +277,26 @@ class DevicePlan:
             members = min(size, -(-rows_left // block_rows))
             assert all(0 <= slot <= self.num_slots - members for slot in split.slots), split
 
+    def check_pairs(self, number: int, worker: Worker) -> None:
+        """Who waits for a partial result waits for one that the group before leaves."""
+        assert worker.pairs in range(4), worker
+        if worker.pairs & MERGES_FIRST:
+            assert worker.first_piece < worker.end_piece, worker
+            piece = self.pieces[worker.first_piece]
+            assert piece.first_tile > 0, (worker, piece)
+            before = self.workers[number - self.group_size]
+            assert number >= self.group_size
+            assert before.pairs & LEAVES_LAST, (before, worker)
+            assert before.first_piece < before.end_piece, before
+            earlier = self.pieces[before.end_piece - 1]
+            assert earlier.partial_slot == piece.partial_slot - self.group_size, (earlier, piece)
+            assert (earlier.request, earlier.first_row) == (piece.request, piece.first_row)
+            assert earlier.first_tile < earlier.end_tile == piece.first_tile, (earlier, piece)
+        if worker.pairs & LEAVES_LAST:
+            piece = self.pieces[worker.end_piece - 1]
+            assert piece.partial_slot >= 0, (worker, piece)
+            assert piece.first_tile == 0, (worker, piece)
+
     def as_made(self) -> dict[str, Any]:
         """As `_mla.schedule` returns it, with the splits in any order."""
         bundle_rows = self.group_size * self.shape[0]
@@ -280,6 +305,7 @@ class DevicePlan:
             "num_groups": self.num_groups,
             "group_size": self.group_size,
             "pieces": self.walk(),
+            "pairs": [worker.pairs for worker in self.workers],
             "splits": sorted(
                 (split.request, split.first_row // bundle_rows, split.slots)
                 for split in self.splits
@@ -292,7 +318,7 @@ class DevicePlan:
 
 
 def max_items(batch: Batch, shape: Shape) -> int:
-    block_rows, _ = shape
+    block_rows = shape[0]
     if isinstance(batch.q_lens, int):
         return len(batch.seq_lens) * -(-batch.q_lens * batch.h_q // block_rows)
     return -(-batch.total_q * batch.h_q // block_rows) + len(batch.seq_lens)
@@ -312,11 +338,13 @@ def max_partials(batch: Batch, shape: Shape) -> int:
 def part_sizes(
     batch: Batch, shape: Shape, workers: int, batch_invariant: bool = False
 ) -> list[int]:
-    """Words of the header, the workers, the pieces, the splits, and what only the planner reads."""
+    """Words of the header, the workers, the flags, the pieces, the splits, and what only the
+    planner reads."""
     b, items = len(batch.seq_lens), max_items(batch, shape)
+    fixed = [12, 4 * workers, -(-2 * workers // 4) * 4]
     if batch_invariant:
         pieces = max(max_partials(batch, shape), items)
         # Two int64 and three int32 for each request, one and two for each worker.
-        return [12, 4 * workers, 8 * pieces, 8 * items, 7 * (b + 1) + 4 * (workers + 1)]
+        return [*fixed, 8 * pieces, 8 * items, 7 * (b + 1) + 4 * (workers + 1)]
     planners_own = 3 * (b + 1)  # an int64 and an int32 for each request
-    return [12, 4 * workers, 8 * (items + workers), 8 * workers, planners_own]
+    return [*fixed, 8 * (items + workers), 8 * workers, planners_own]

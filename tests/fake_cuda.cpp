@@ -58,6 +58,11 @@ int smem(int which) {
   return values[which];
 }
 
+int compute_capability() {
+  const char* given = getenv("FAKE_CUDA_SM");
+  return given ? atoi(given) : 90;
+}
+
 // The sizes of a kernel's parameters, which the real driver reads from its machine code.
 std::vector<size_t> parameter_sizes(const std::string& kernel) {
   using namespace mla;
@@ -96,6 +101,8 @@ CUresult fake_cuDeviceGet(CUdevice* device, int ordinal) {
 CUresult fake_cuDeviceGetAttribute(int* value, CUdevice_attribute name, CUdevice) {
   if (name == CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR) *value = smem(0);
   else if (name == CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN) *value = smem(1);
+  else if (name == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR) *value = compute_capability() / 10;
+  else if (name == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR) *value = compute_capability() % 10;
   else return CUDA_ERROR_INVALID_VALUE;
   return CUDA_SUCCESS;
 }
@@ -180,12 +187,19 @@ CUresult fake_cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function
   const bool flat = config->gridDimY == 1 && config->gridDimZ == 1 && config->blockDimY == 1 && config->blockDimZ == 1;
   if (!flat || !config->gridDimX || static_cast<int>(config->sharedMemBytes) > kernel.max_smem[device])
     return CUDA_ERROR_INVALID_VALUE;
+  bool beside = false;  // the kernel before
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const CUlaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id != CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION || compute_capability() < 90)
+      return CUDA_ERROR_INVALID_VALUE;
+    beside = attribute.value.programmaticStreamSerializationAllowed;
+  }
   std::string values;
   const std::vector<size_t> sizes = parameter_sizes(kernel.name);
   for (size_t i = 0; i < sizes.size(); ++i) values += (i ? "\", \"" : "") + hex(parameters[i], sizes[i]);
-  log(R"({"call": "launch", "kernel": "%s", "device": %d, "grid": %u, "block": %u, "smem": %u, "stream": %llu, "parameters": ["%s"]})",
+  log(R"({"call": "launch", "kernel": "%s", "device": %d, "grid": %u, "block": %u, "smem": %u, "stream": %llu, "beside": %s, "parameters": ["%s"]})",
       kernel.name.c_str(), device, config->gridDimX, config->blockDimX, config->sharedMemBytes,
-      reinterpret_cast<unsigned long long>(config->hStream), values.c_str());
+      reinterpret_cast<unsigned long long>(config->hStream), beside ? "true" : "false", values.c_str());
   return CUDA_SUCCESS;
 }
 

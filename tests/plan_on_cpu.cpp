@@ -170,7 +170,8 @@ namespace {
 
 // Of a batch; its seq_lens follow and, if it is ragged, its cu_seqlens_q.
 struct Sizes {
-  int32_t num_requests, ragged, s_q, total_q, h_q, max_len, block_rows, block_n, num_workers, batch_invariant, backward;
+  int32_t num_requests, ragged, s_q, total_q, h_q, max_len, block_rows, block_n, merges_pairs, num_workers,
+      batch_invariant, backward;
 };
 
 mla::Lengths lengths;
@@ -197,7 +198,7 @@ int main() {
     lengths.total_q = sizes.total_q;
     lengths.h_q = sizes.h_q;
     lengths.max_len = sizes.max_len;
-    const mla::schedule::Shape shape{sizes.block_rows, sizes.block_n};
+    const mla::schedule::Shape shape{sizes.block_rows, sizes.block_n, sizes.merges_pairs};
     const int64_t bytes = sizes.batch_invariant ? mla::parts::plan_bytes(lengths, shape, sizes.num_workers)
                                                 : mla::schedule::plan_bytes(lengths, shape, sizes.num_workers);
     plan = static_cast<mla::PlanHeader*>(std::malloc(static_cast<size_t>(bytes)));
@@ -205,7 +206,7 @@ int main() {
     cta::run(
         [] {
           const auto make = sizes.batch_invariant ? mla_plan_parts : mla_plan;
-          make(lengths, {sizes.block_rows, sizes.block_n}, sizes.num_workers, plan);
+          make(lengths, {sizes.block_rows, sizes.block_n, sizes.merges_pairs}, sizes.num_workers, plan);
         },
         sizes.backward != 0);
     std::fwrite(&bytes, sizeof(bytes), 1, stdout);

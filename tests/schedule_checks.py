@@ -9,7 +9,15 @@ from collections import defaultdict
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from device_plan import MAX_GROUP_SIZE, Batch, Shape, max_items, max_partials
+from device_plan import (
+    LEAVES_LAST,
+    MAX_GROUP_SIZE,
+    MERGES_FIRST,
+    Batch,
+    Shape,
+    max_items,
+    max_partials,
+)
 from mla import _mla
 
 ITEM_OVERHEAD_TOKENS, MIN_GROUP_TOKENS = _mla.ITEM_OVERHEAD_TOKENS, _mla.MIN_GROUP_TOKENS
@@ -47,12 +55,13 @@ class Schedule:
     ) -> None:
         self.batch, self.num_workers, self.batch_invariant = batch, num_workers, batch_invariant
         self.shape = shape
-        self.block_rows, self.block_n = shape
+        self.block_rows, self.block_n, self.merges_pairs = shape
         self.units_per_group: int = made["units_per_group"]
         self.num_groups: int = made["num_groups"]
         self.group_size: int = made["group_size"]
         self.pieces = [Piece(*piece) for piece in made["pieces"]]
         self.splits = [Split(*split) for split in made["splits"]]
+        self.pairs: list[int] = made["pairs"]
 
     def row_blocks(self, request: int) -> int:
         return -(-self.batch.tokens(request)[1] * self.batch.h_q // self.block_rows)
@@ -210,4 +219,29 @@ class Schedule:
                     continue
                 assert (split.request, row_block) not in read
                 read[split.request, row_block] = [slot + member for slot in split.slots]
-        assert read == dict(left)
+        pairs = self.pairs_of(partial)
+        assert not set(read) & set(pairs)
+        assert read | pairs == dict(left)
+
+    def pairs_of(self, partial: list[Piece]) -> dict[tuple[int, int], list[int]]:
+        """The slots of row blocks whose later worker merges both partial results."""
+        found: dict[tuple[int, int], list[int]] = {}
+        last = {piece.worker: piece for piece in self.pieces}
+        first = {piece.worker: piece for piece in reversed(self.pieces)}
+        expected = [0] * self.num_workers
+        for earlier in partial:
+            later = first.get(earlier.worker + self.group_size)
+            if not self.merges_pairs or self.batch_invariant or not later:
+                continue
+            same = (later.request, later.row_block) == (earlier.request, earlier.row_block)
+            if earlier.starts and later.ends and same:
+                assert last[earlier.worker] == earlier
+                assert later.slot == earlier.slot + self.group_size  # as the kernel derives it
+                found[earlier.request, earlier.row_block] = [earlier.slot, later.slot]
+                expected[earlier.worker] |= LEAVES_LAST
+                expected[later.worker] |= MERGES_FIRST
+        # A member without a row block of the item is told so too, and passes it over.
+        for worker, pairs in enumerate(self.pairs):
+            of_group = expected[worker // self.group_size * self.group_size]
+            assert pairs == of_group, worker
+        return found

@@ -53,15 +53,21 @@ def test_decode_is_the_kernel_and_its_combine(
     assert decode["kernel"] == f"mla_{name}_{short}"
     assert combine["kernel"] == f"mla_combine_{short}_v{variant['d_v']}"
     assert (decode["grid"], decode["block"]) == (WORKERS, 32 * variant["warps"])
-    assert (combine["grid"], combine["block"], combine["smem"]) == (8 * WORKERS, 256, 0)
+    assert (combine["grid"], combine["block"], combine["smem"]) == (3 * WORKERS, 256, 0)
     assert {(call["stream"], call["device"]) for call in (decode, combine)} == {(0xABC, 1)}
 
     wanted = values_of(filled_params(), ATTRIBUTES)  # type: ignore[arg-type]
     for call in (decode, combine):
         got = DecodeParams.from_buffer_copy(bytes.fromhex(call["parameters"][0]))
         assert values_of(got, ATTRIBUTES) == wanted
-    shape = (ctypes.c_int32 * 2).from_buffer_copy(bytes.fromhex(combine["parameters"][1]))
-    assert list(shape) == [variant["block_rows"], variant["block_n"]]
+    shape = (ctypes.c_int32 * 3).from_buffer_copy(bytes.fromhex(combine["parameters"][1]))
+    assert list(shape) == [variant["block_rows"], variant["block_n"], variant["merges_pairs"]]
+    assert (decode["beside"], combine["beside"]) == (False, True)
+
+
+def test_before_sm_90_no_kernel_starts_beside_another(run: Any) -> None:
+    done = run(f"{FILL}\n_mla.launch_decode({NAMES[0]!r}, 'bfloat16', p, 0, 0)", FAKE_CUDA_SM="80")
+    assert [call["beside"] for call in done.named("launch")] == [False, False]
 
 
 def test_decode_divides_by_multiplication(run: Any) -> None:
@@ -103,8 +109,8 @@ def test_plan_is_one_launch(
     params = filled_params()
     got = values_of(Lengths.from_buffer_copy(lengths), LENGTHS)
     assert got == values_of(params, LENGTHS)  # type: ignore[arg-type]
-    tile = variant["block_rows"].to_bytes(4, "little") + variant["block_n"].to_bytes(4, "little")
-    assert shape == tile
+    tile = variant["block_rows"], variant["block_n"], variant["merges_pairs"]
+    assert shape == b"".join(int(size).to_bytes(4, "little") for size in tile)
     assert int.from_bytes(workers, "little") == WORKERS
     assert int.from_bytes(header, "little") == params.plan
 
@@ -281,7 +287,8 @@ def test_a_plan_has_room_for_every_piece() -> None:
     variant = GPU_VARIANTS[0]
     header, worker, split, piece, request = 48, 16, 32, 32, 8 + 4
     row_blocks = -(-2 * 40 // variant["block_rows"])
-    fixed = header + 7 * (worker + split) + 6 * request
+    flags = 4 * 16  # of 14 slots
+    fixed = header + 7 * (worker + split) + flags + 6 * request
     assert _mla.plan_bytes(variant["name"], params) == fixed + (5 * row_blocks + 7) * piece
     params.cu_seqlens_q, params.total_q = (
         16,

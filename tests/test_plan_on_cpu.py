@@ -194,7 +194,7 @@ def test_more_items_than_32_bits_count(planner: Planner) -> None:
     batch = Batch([1] * (2 * pairs), [total_q] + [0] * (2 * pairs - 1), 128, cuts=cuts)
     assert pairs * total_q * batch.h_q // 16 > 2**31
     for batch_invariant in (False, True):
-        planner.plan(batch, (16, 64), 1, False, batch_invariant).check_inside()
+        planner.plan(batch, (16, 64, True), 1, False, batch_invariant).check_inside()
 
 
 @st.composite
@@ -218,9 +218,9 @@ def wrong_batches(draw: st.DrawFn) -> Batch:
 
 @drawn
 @given(wrong_batches(), settings_of_a_plan)
-@example(OVERLAPPING["nonsense"], ((16, 32), 132, False))
+@example(OVERLAPPING["nonsense"], ((16, 32, True), 132, False))
 # The last place for a piece falls to an item that begins with a group, and stays unused.
-@example(Batch([1000] * 3, [100, 0, 0], 6, cuts=[0, 100, 0, 100]), ((16, 64), 7, False))
+@example(Batch([1000] * 3, [100, 0, 0], 6, cuts=[0, 100, 0, 100]), ((16, 64, False), 7, False))
 def test_wrong_cu_seqlens_q_is_harmless(
     planner: Planner, batch: Batch, how: tuple[Shape, int, bool]
 ) -> None:

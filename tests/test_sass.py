@@ -19,7 +19,13 @@ import pytest
 from mla import _mla
 
 GPU_VARIANTS = [v for v in _mla.variants() if v["pipeline"] != "cpu"]
-IMAGES = ["plan", "combine", *(v["name"] for v in GPU_VARIANTS)]
+IMAGES = [
+    "plan",
+    "plan_parts",
+    "combine_sm80",
+    "combine_sm90",
+    *(v["name"] for v in GPU_VARIANTS),
+]
 each_image = pytest.mark.parametrize("image", IMAGES)
 
 
@@ -34,6 +40,8 @@ MACHINE_ARCHS = {
     "ampere_163k": {"sm_80", "sm_90a"},
     "ampere_99k": {"sm_86", "sm_120"},
     "hopper": {"sm_90a"},
+    "before_sm90": {"sm_80", "sm_86"},
+    "from_sm90": {"sm_90a", "sm_120"},
 }
 PTX_VERSION = (8, 0)  # CUDA 12.0's
 # Version of the machine code's container: drivers before 580 refuse 8, but for chips that always
@@ -123,13 +131,16 @@ def code(image: str) -> dict[tuple[str, str], str]:
 def entry_points(image: str) -> set[str]:
     if image in ("plan", "plan_parts"):
         return {f"mla_{image}"}
-    if image == "combine":
+    if image.startswith("combine"):
         return {f"mla_combine_{t}_v{d_v}" for t in ("bf16", "fp16") for d_v in (512, 256)}
     return {f"mla_{image}_{t}" for t in ("bf16", "fp16")}
 
 
 def targets(image: str) -> str:
-    return next((str(v["targets"]) for v in GPU_VARIANTS if v["name"] == image), "any")
+    own = {"combine_sm80": "before_sm90", "combine_sm90": "from_sm90"}
+    return next(
+        (str(v["targets"]) for v in GPU_VARIANTS if v["name"] == image), own.get(image, "any")
+    )
 
 
 @each_image
@@ -141,7 +152,8 @@ def test_architectures_and_ptx(image: str) -> None:
         if kind == "elf":
             assert version == ((1, 8) if arch in ALWAYS_ELF_8 else elf_version), arch
     ptx = [(arch, version) for kind, arch, version, _ in found if kind == "ptx"]
-    assert ptx == ([] if targets(image) == "hopper" else [("sm_80", PTX_VERSION)])
+    of = {"hopper": [], "from_sm90": [("sm_90", PTX_VERSION)]}
+    assert ptx == of.get(targets(image), [("sm_80", PTX_VERSION)])
 
 
 @each_image
@@ -163,17 +175,19 @@ def test_nothing_is_kept_in_local_memory(image: str) -> None:
 
 @each_image
 def test_registers_leave_room_for_a_block(image: str) -> None:
-    warps = {v["name"]: v["warps"] for v in GPU_VARIANTS} | {"plan": 16, "combine": 8}
+    warps = {v["name"]: v["warps"] for v in GPU_VARIANTS} | {"plan": 16, "plan_parts": 16}
     for function in functions(image):
         assert 0 < function.registers <= MAX_REGISTERS, function
         allocated = -(-function.registers // 8) * 8  # granted in eights
-        assert allocated * 32 * warps[image] <= REGISTERS_PER_SM, function
+        assert allocated * 32 * warps.get(image, 8) <= REGISTERS_PER_SM, function
 
 
 @each_image
 def test_parameters_are_what_the_host_passes(image: str) -> None:
-    params, lengths, shape, pointer = _mla.PARAMS_BYTES, 40, 8, 8
-    wanted = {"plan": [lengths, shape, 4, pointer], "combine": [params, shape]}
+    params, lengths, shape, pointer = _mla.PARAMS_BYTES, 40, 12, 8
+    planner, combine = [lengths, shape, 4, pointer], [params, shape]
+    wanted = {"plan": planner, "plan_parts": planner}
+    wanted |= {"combine_sm80": combine, "combine_sm90": combine}
     for kind, arch, _, text in parts(image, "-elf"):
         if kind != "elf":
             continue

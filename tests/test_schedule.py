@@ -26,9 +26,10 @@ def check(
     h_q: int = 16,
     block_rows: int = 16,
     block_n: int = 32,
+    merges_pairs: bool = True,
     num_workers: int = 132,
 ) -> Schedule:
-    batch, shape = Batch(seq_lens, q_lens, h_q, MAX_LEN), (block_rows, block_n)
+    batch, shape = Batch(seq_lens, q_lens, h_q, MAX_LEN), (block_rows, block_n, merges_pairs)
     made = host_schedule(batch, shape, num_workers, batch_invariant)
     schedule = Schedule(made, batch, shape, num_workers, batch_invariant)
     schedule.check()
@@ -49,6 +50,7 @@ tiles = st.fixed_dictionaries(
         "h_q": st.sampled_from([1, 6, 12, 16, 20, 40, 64, 96, 128]),
         "block_rows": st.sampled_from([16, 32, 64]),
         "block_n": st.sampled_from([16, 32, 64]),
+        "merges_pairs": st.booleans(),
         "num_workers": st.sampled_from([1, 2, 3, 7, 8, 82, 108, 132]),
     }
 )
@@ -172,7 +174,7 @@ def test_nonsense_in_cu_seqlens_q_stays_inside_the_query(
     batch_invariant: bool, cu_seqlens_q: list[int], total_q: int
 ) -> None:
     seq_lens = [1000] * (len(cu_seqlens_q) - 1)
-    sizes = (1, total_q, 16, MAX_LEN, 16, 32, 132)
+    sizes = (1, total_q, 16, MAX_LEN, 16, 32, True, 132)
     try:
         made = _mla.schedule(seq_lens, cu_seqlens_q, *sizes, batch_invariant)
     except ValueError:  # makes more pieces than a plan has room for
@@ -183,7 +185,7 @@ def test_nonsense_in_cu_seqlens_q_stays_inside_the_query(
 
 
 def test_bad_arguments() -> None:
-    sizes: Any = (1, 1, 16, MAX_LEN, 16, 32)
+    sizes: Any = (1, 1, 16, MAX_LEN, 16, 32, True)
     with pytest.raises(ValueError, match="one element more"):
         _mla.schedule([1, 2], [0, 1], *sizes, 132)
     with pytest.raises(ValueError, match="must be positive"):

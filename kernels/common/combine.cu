@@ -1,84 +1,189 @@
 // Merges the partial results of split items: out = sum_s w_s o_s with w_s = 2^(lse2_s - lse2), lse2 = log2 sum_s 2^lse2_s.
 //
-// A task is one row and 128 of its columns, a float4 per lane. With few tasks the eight warps of a CTA share a task's splits,
-// with many each warp has its own; the order of the additions depends only on that, so reruns give the same bits. By a
-// batch-invariant plan each warp has its own always: the order is that of the pieces, whatever else there is to combine.
+// A CTA takes 16 rows of an item and some of their columns, 16 a warp or 16 for several warps, which then share the parts: with
+// few tasks all parts are in flight at once, with many no warp waits for another. Parts are added two at a time, and these sums one
+// after the other, however many warps share them: the bits depend on the parts alone.
 
 #include "dtype.cuh"
 #include "math.cuh"
+#include "partials.cuh"
 #include "schedule.h"
 
 namespace mla {
 
-constexpr int kCombineWarps = kCombineThreads / 32, kTaskColumns = 128;
+constexpr int kCombineWarps = kCombineThreads / 32;
+constexpr int kWarpTiles = 2;   // of 8 columns, that a warp merges
+constexpr int kChunkParts = 2;  // that are added before anything else is
+constexpr int kLanesPerRow = kCombineThreads / kFragmentRows;
+
+// What the kernel before in the stream wrote may be read from here on. It may still run when this one starts.
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void add(float4& sum, float weight_upper, float weight_lower, const float4& x) {
+  sum.x += weight_upper * x.x, sum.y += weight_upper * x.y;
+  sum.z += weight_lower * x.z, sum.w += weight_lower * x.w;
+}
 
 template <class T, int DV>
 __device__ __forceinline__ void combine(const DecodeParams& p, schedule::Shape shape) {
-  __shared__ float4 sums[kCombineWarps][32];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  __shared__ float4 sums[kCombineWarps][kWarpTiles][32];
+  __shared__ float2 states[kLanesPerRow][kFragmentRows];             // max and sum of some of a row's parts
+  constexpr int column_blocks = DV / kFragmentColumns / kWarpTiles;  // that a warp takes
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4;
   const SplitItem* splits = schedule::splits_of(p.plan);
-  const int tasks_per_item = p.plan->group_size * shape.block_rows * (DV / kTaskColumns);
-  const int num_tasks = p.plan->num_splits * tasks_per_item;
-  const bool share = num_tasks <= static_cast<int>(gridDim.x) && !p.plan->batch_invariant;
-  const int task_warps = share ? kCombineWarps : 1;
-  const int tasks_per_cta = kCombineWarps / task_warps, member_warp = warp % task_warps;
+  const int group_size = p.plan->group_size, num_items = p.plan->num_splits;
+  const int block_row_tiles = shape.block_rows / kFragmentRows;
 
-  for (int first_task = blockIdx.x * tasks_per_cta; first_task < num_tasks; first_task += gridDim.x * tasks_per_cta) {
-    const int task = first_task + warp / task_warps;
-    const SplitItem item = splits[min(task / tasks_per_item, p.plan->num_splits - 1)];
-    const int row_in_bundle = task % tasks_per_item / (DV / kTaskColumns);
-    const int column = task % (DV / kTaskColumns) * kTaskColumns + lane * 4;
-    const int member = row_in_bundle / shape.block_rows, block_row = row_in_bundle % shape.block_rows;
-    const int row = item.first_row + row_in_bundle;
-    const bool exists = task < num_tasks && row < item.num_tokens * p.lengths.h_q;
+  int rows = group_size * shape.block_rows;  // of an item, at most
+  if (!p.lengths.cu_seqlens_q) rows = static_cast<int>(min(int64_t{rows}, int64_t{p.lengths.s_q} * p.lengths.h_q));
+  const int row_tiles = (rows + kFragmentRows - 1) / kFragmentRows;
+  int sharing = 1;  // warps that share the parts of their columns
+  while (sharing < kCombineWarps &&
+         int64_t{num_items} * row_tiles * column_blocks * 2 * sharing <= int64_t{kCombineWarps} * gridDim.x)
+    sharing *= 2;
+  const int warps_apart = kCombineWarps / sharing, sharer = warp / warps_apart;
+  const int tasks_per_row_tile = column_blocks / warps_apart;
+  const int num_tasks = num_items * row_tiles * tasks_per_row_tile;
 
-    const int num_splits = exists ? item.num_pieces : 0;
-    const int first_row = (item.first_slot + member) * shape.block_rows + block_row;
-    const int step = item.slot_step * shape.block_rows;
-    const int second_row = first_row + (item.second_slot - item.first_slot) * shape.block_rows;
-    auto partial_row = [&](int split) { return int64_t{split == 0 ? first_row : second_row + (split - 1) * step}; };
+  auto item_of = [&](int task) { return splits[task / tasks_per_row_tile % max(num_items, 1)]; };
+  SplitItem item{};
+  if (static_cast<int>(blockIdx.x) < num_tasks) item = item_of(blockIdx.x);
+  wait_for_kernel_before();
 
-    float max = kNegInf;
-    for (int split = lane; split < num_splits; split += 32) max = fmaxf(max, p.lse2_partial[partial_row(split)]);
-    max = lanes_max<32>(max);
-    const float base = max == kNegInf ? 0.f : max;
-    float sum = 0.f;
-    for (int split = lane; split < num_splits; split += 32) sum += exp2_fast(p.lse2_partial[partial_row(split)] - base);
-    const float lse2 = lse2_of(base, lanes_sum<32>(sum));
+#pragma unroll 1
+  for (int task = blockIdx.x; task < num_tasks; task += gridDim.x) {
+    if (task != static_cast<int>(blockIdx.x)) item = item_of(task);
+    const int row_tile = task / tasks_per_row_tile / num_items;
+    const int column_block = task % tasks_per_row_tile * warps_apart + warp % warps_apart;
+    const int member = row_tile / block_row_tiles, block_tile = row_tile % block_row_tiles;
+    const int first_row = item.first_row + row_tile * kFragmentRows;
+    const int num_rows = item.num_tokens * p.lengths.h_q - first_row;
+    if (num_rows <= 0) continue;
+    const int num_parts = item.num_pieces;
+    auto slot_of = [&](int part) {
+      return (part == 0 ? item.first_slot : item.second_slot + (part - 1) * item.slot_step) + member;
+    };
+    auto lse2_at = [&](int part, int row) {
+      return part < num_parts && row < num_rows
+                 ? *partial_lse2(p, shape.block_rows, slot_of(part), block_tile * kFragmentRows + row)
+                 : kNegInf;
+    };
+
+    // The first parts of the warp are asked for before anybody knows what they count.
+    float4 x[kChunkParts][kWarpTiles];
+    float part_lse2;  // of row lane % 16, of part lane / 16 of the chunk
+    auto load_chunk = [&](int chunk) {
+#pragma unroll
+      for (int i = 0; i < kChunkParts; ++i) {
+        const int part = chunk * kChunkParts + i;
+        if (part >= num_parts) break;
+        const float4* from =
+            partial_fragment(p, shape.block_rows, DV, slot_of(part), block_tile, column_block * kWarpTiles);
+#pragma unroll
+        for (int n = 0; n < kWarpTiles; ++n) x[i][n] = from[n * 32];
+      }
+      part_lse2 = lse2_at(chunk * kChunkParts + lane / kFragmentRows, lane % kFragmentRows);
+    };
+    if (sharer * kChunkParts < num_parts) load_chunk(sharer);
+
+    // lse2 of the rows: each of 16 threads looks at some of a row's parts.
+    float max = kNegInf, sum = 0.f;
+#pragma unroll 1
+    for (int part = threadIdx.x / kFragmentRows; part < num_parts; part += kLanesPerRow) {
+      const float lse2 = lse2_at(part, threadIdx.x % kFragmentRows);
+      const float raised = fmaxf(max, lse2), base = raised == kNegInf ? 0.f : raised;
+      sum = sum * exp2_fast(max - base) + exp2_fast(lse2 - base);
+      max = raised;
+    }
+    states[threadIdx.x / kFragmentRows][threadIdx.x % kFragmentRows] = make_float2(max, sum);
+    __syncthreads();  // the states are there
+    float lse2;       // of row lane % 16
+    {
+      float base = kNegInf, total = 0.f;
+#pragma unroll
+      for (int i = 0; i < kLanesPerRow; ++i) base = fmaxf(base, states[i][lane % kFragmentRows].x);
+      if (base == kNegInf) base = 0.f;
+#pragma unroll
+      for (int i = 0; i < kLanesPerRow; ++i) {
+        const float2 state = states[i][lane % kFragmentRows];
+        total += state.y * exp2_fast(state.x - base);
+      }
+      lse2 = lse2_of(base, total);
+    }
     const float lse2_base = lse2 == kNegInf ? 0.f : lse2;
 
-    float4 o = make_float4(0.f, 0.f, 0.f, 0.f);
-#pragma unroll 4
-    for (int split = member_warp; split < num_splits; split += task_warps) {
-      const float weight = exp2_fast(p.lse2_partial[partial_row(split)] - lse2_base);
-      const float4 x = *reinterpret_cast<const float4*>(p.o_partial + partial_row(split) * DV + column);
-      o.x = fmaf(weight, x.x, o.x), o.y = fmaf(weight, x.y, o.y);
-      o.z = fmaf(weight, x.z, o.z), o.w = fmaf(weight, x.w, o.w);
-    }
-    if (task_warps > 1) {
-      __syncthreads();  // the sums of the task before have been read
-      sums[warp][lane] = o;
-      __syncthreads();
-      o = make_float4(0.f, 0.f, 0.f, 0.f);
-      for (int w = 0; w < kCombineWarps; ++w) {
-        const float4 x = sums[w][lane];
-        o.x += x.x, o.y += x.y, o.z += x.z, o.w += x.w;
+    float4 o[kWarpTiles] = {};
+#pragma unroll 1
+    for (int first = 0; first * kChunkParts < num_parts; first += sharing) {
+      const int chunk = first + sharer;
+      float4 part_sum[kWarpTiles] = {};
+      if (chunk * kChunkParts < num_parts) {
+        if (first > 0) load_chunk(chunk);
+        const float weight = exp2_fast(part_lse2 - lse2_base);
+#pragma unroll
+        for (int i = 0; i < kChunkParts; ++i) {
+          const float upper = __shfl_sync(0xffffffffu, weight, i * kFragmentRows + quad);
+          const float lower = __shfl_sync(0xffffffffu, weight, i * kFragmentRows + quad + 8);
+          if (chunk * kChunkParts + i < num_parts) {
+#pragma unroll
+            for (int n = 0; n < kWarpTiles; ++n) add(part_sum[n], upper, lower, x[i][n]);
+          }
+        }
+      }
+      if (sharing > 1) {
+#pragma unroll
+        for (int n = 0; n < kWarpTiles; ++n) sums[warp][n][lane] = part_sum[n];
+        __syncthreads();  // the sums of this round are there
+#pragma unroll 1
+        for (int i = 0; i < sharing && sharer == 0; ++i)
+#pragma unroll
+          for (int n = 0; n < kWarpTiles; ++n) add(o[n], 1.f, 1.f, sums[warp + i * warps_apart][n][lane]);
+        __syncthreads();  // they have been read
+      } else {
+#pragma unroll
+        for (int n = 0; n < kWarpTiles; ++n) add(o[n], 1.f, 1.f, part_sum[n]);
       }
     }
-    if (!exists || member_warp != 0) continue;
-    const int64_t token = item.first_token + row / p.lengths.h_q, head = row % p.lengths.h_q;
-    auto* out = static_cast<uint16_t*>(p.out) + item.request * p.out_strides.batch + token * p.out_strides.token +
-                head * p.out_strides.head + column;
-    *reinterpret_cast<uint2*>(out) = make_uint2(pack2<T>(o.x, o.y), pack2<T>(o.z, o.w));
-    if (p.lse && column == 0)
-      p.lse[item.request * p.lse_strides.batch + token * p.lse_strides.token + head * p.lse_strides.head] = lse2 * kLn2;
+
+    // Lane 4 g + q stores four columns of its rows: it takes those of two lanes, of tile q / 2.
+    if (sharer == 0) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t words[kWarpTiles], four[2];
+#pragma unroll
+        for (int n = 0; n < kWarpTiles; ++n) words[n] = half == 0 ? pack2<T>(o[n].x, o[n].y) : pack2<T>(o[n].z, o[n].w);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int from = quad * 4 + lane % 2 * 2 + i;
+          const uint32_t left = __shfl_sync(0xffffffffu, words[0], from),
+                         right = __shfl_sync(0xffffffffu, words[1], from);
+          four[i] = lane % 4 < 2 ? left : right;
+        }
+        const int row = first_row + quad + half * 8, token = divide(row, p.by_h_q), head = row - token * p.lengths.h_q;
+        const float row_lse2 = __shfl_sync(0xffffffffu, lse2, quad + half * 8);
+        if (quad + half * 8 >= num_rows) continue;
+        const int64_t query_token = item.first_token + token;
+        const int column = (column_block * kWarpTiles + lane % 4 / 2) * kFragmentColumns + lane % 2 * 4;
+        auto* out = static_cast<uint16_t*>(p.out) + item.request * p.out_strides.batch +
+                    query_token * p.out_strides.token + head * p.out_strides.head + column;
+        *reinterpret_cast<uint2*>(out) = make_uint2(four[0], four[1]);
+        if (p.lse && column == 0)
+          p.lse[item.request * p.lse_strides.batch + query_token * p.lse_strides.token + head * p.lse_strides.head] =
+              row_lse2 * kLn2;
+      }
+    }
+    if (sharing == 1) __syncthreads();  // the states have been read
   }
 }
 
 }  // namespace mla
 
 #define MLA_COMBINE(dtype, d_v)                                                                               \
-  extern "C" __global__ void __launch_bounds__(mla::kCombineThreads)                                          \
+  extern "C" __global__ void __launch_bounds__(mla::kCombineThreads, mla::kCombineCtasPerWorker)              \
       mla_combine_##dtype##_v##d_v(const __grid_constant__ mla::DecodeParams p, mla::schedule::Shape shape) { \
     mla::combine<mla::dtype, d_v>(p, shape);                                                                  \
   }

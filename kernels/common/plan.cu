@@ -80,14 +80,21 @@ extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)
     return number;
   };
   auto limit = [&](int64_t number) { return static_cast<int32_t>(min(number, max_pieces)); };
+  for (int i = thread; i < schedule::flags_of(num_workers); i += kPlanThreads) plan.left[i] = 0;
   // The first and the last piece of every group; a piece that is both is written twice, with the same words.
   for (int worker = thread; worker < num_workers; worker += kPlanThreads) {
     const int g = worker / group_size;
     PlanWorker range{0, 0, worker % group_size, 0};
     if (g < header.num_groups) {
       const int64_t begin = g * header.units_per_group, end = min(begin + header.units_per_group, units_before);
-      range.first_piece = limit(write_piece(item_at(begin), g));
-      range.end_piece = limit(write_piece(item_at(end - 1), g) + 1);
+      const schedule::Item first = item_at(begin), last = item_at(end - 1);
+      range.first_piece = limit(write_piece(first, g));
+      const int64_t last_number = write_piece(last, g);
+      range.end_piece = limit(last_number + 1);
+      range.pairs = schedule::pairs_of(first, last, shape, header, g);
+      // Nobody waits for what is left out: the later of a pair has the higher number.
+      if (range.first_piece == max_pieces) range.pairs = 0;
+      if (last_number >= max_pieces) range.pairs &= ~kLeavesLast;
       SplitItem split;
       // In any order: it changes which CTA combines an item, not what it computes.
       if (range.member == 0 && end < units_before && schedule::make_split(item_at(end), shape, header, g, split))

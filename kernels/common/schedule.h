@@ -25,6 +25,7 @@ constexpr int kAlignmentShare = 64;
 
 struct Shape {  // of the tile that a variant computes
   int32_t block_rows, block_n;
+  int32_t merges_pairs;  // whether the pipeline merges pairs (PlanWorker); if not, the combine kernel does
 };
 
 template <class T>
@@ -182,13 +183,25 @@ MLA_HD Piece make_piece(const Item& item, Shape shape, const PlanHeader& plan, i
   return piece;
 }
 
-// The item whose tokens begin in group `g` and go on past its end; false where there is none. `item` holds the unit at which
-// the next group begins: no other item can.
+// PlanWorker::pairs of the workers of group `g`, whose first and last units are those of these items.
+MLA_HD int32_t pairs_of(const Item& first, const Item& last, Shape shape, const PlanHeader& plan, int32_t g) {
+  if (!shape.merges_pairs) return 0;
+  auto first_group = [&](const Item& item) { return first_token_unit(item, shape) / plan.units_per_group; };
+  auto last_group = [&](const Item& item) { return (end_unit(item) - 1) / plan.units_per_group; };
+  int32_t pairs = 0;
+  if (first_group(first) == g - 1 && last_group(first) == g) pairs |= kMergesFirst;
+  if (first_group(last) == g && last_group(last) == g + 1) pairs |= kLeavesLast;
+  return pairs;
+}
+
+// The item whose tokens begin in group `g` and go on past its end, for the combine kernel; false where there is none. `item` holds
+// the unit at which the next group begins: no other item can.
 MLA_HD bool make_split(const Item& item, Shape shape, const PlanHeader& plan, int32_t g, SplitItem& split) {
   const int64_t begin = g * plan.units_per_group, end = begin + plan.units_per_group;
   const int64_t from = first_token_unit(item, shape);
   if (from < begin || from >= end || end_unit(item) <= end) return false;
   const int32_t last_group = static_cast<int32_t>((end_unit(item) - 1) / plan.units_per_group);
+  if (shape.merges_pairs && last_group == g + 1) return false;
   split = {item.request,
            item.info.first_token,
            item.info.num_tokens,

@@ -48,8 +48,6 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&x)[4]) {
   exchange_words<1, 1>(x);
   exchange_words<2, 2>(x);
 }
-// Even lanes get the first two words of both of a pair, odd lanes the last two.
-__device__ __forceinline__ void gather_pairs(uint32_t (&x)[4]) { exchange_words<1, 2>(x); }
 
 // Copies 16 bytes past L1, both addresses `Offset` bytes on (ptxas does not fold an addition into the instruction by itself);
 // with `valid` false writes 16 zero bytes and reads nothing.

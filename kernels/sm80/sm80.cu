@@ -23,6 +23,7 @@
 
 #include "../common/entry.cuh"
 #include "../common/math.cuh"
+#include "../common/partials.cuh"
 #include "../common/schedule.h"
 #include "ptx.cuh"
 #include "shape.cuh"
@@ -423,7 +424,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
     if (me.soft_lane() != 0 || block_row >= num_rows_of(piece)) return;
     const float lse2 = lse2_of(state.max, state.sum);
     if (piece.partial_slot >= 0) {
-      p.lse2_partial[int64_t{piece.partial_slot + worker().member} * C::block_rows + block_row] = lse2;
+      *partial_lse2(p, C::block_rows, piece.partial_slot + worker().member, block_row) = lse2;
     } else if (p.lse) {
       const int number = first_row_of(piece) + block_row, token = divide(number, p.by_h_q),
                 head = number - token * p.lengths.h_q;
@@ -431,47 +432,52 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
             head * p.lse_strides.head] = lse2 * kLn2;
     }
   };
-  auto store_o = [&](const Piece& piece, auto first) {  // the columns that the group keeps, from tile number `first` on
+  auto scale_of = [&](int group_row) {
+    const float sum = S::tile_groups > 1 ? merge_states(group_row).state.sum : state_of(me.group(), group_row).sum;
+    return sum == 0.f ? 0.f : 1.f / sum;
+  };
+  auto store_partial = [&](const Piece& piece, auto first) {
+#pragma unroll
+    for (int m = 0; m < S::row_tiles; ++m) {
+      const int row_tile = me.row_group() * S::row_tiles + m;
+      if (row_tile * kFragmentRows >= num_rows_of(piece)) break;
+      const float upper = scale_of(m * 16 + me.quad()), lower = scale_of(m * 16 + me.quad() + 8);
+      float4* to = partial_fragment(p, C::block_rows, C::d_v, piece.partial_slot + worker().member, row_tile,
+                                    me.warp() * column_tiles + first.value);
+#pragma unroll
+      for (int n = 0; n < kept_tiles; ++n) {
+        const auto& x = o[m][first.value + n];
+        to[n * 32] = make_float4(x[0] * upper, x[1] * upper, x[2] * lower, x[3] * lower);
+      }
+    }
+  };
+  auto store_output = [&](const Piece& piece, auto first) {
 #pragma unroll
     for (int half = 0; half < 2 * S::row_tiles; ++half) {
       const int group_row = half * 8 + me.quad(), block_row = me.row_group() * S::group_rows + group_row;
       const int number = first_row_of(piece) + block_row;
       const bool exists = block_row < num_rows_of(piece);
-      const float sum = S::tile_groups > 1 ? merge_states(group_row).state.sum : state_of(me.group(), group_row).sum;
-      const float scale = sum == 0.f ? 0.f : 1.f / sum;
+      const float scale = scale_of(group_row);
       const int token = divide(number, p.by_h_q), head = number - token * p.lengths.h_q;
-      const int quad_lane = me.thread % 4, first_column = me.warp() * S::warp_v;
-      float* partial = p.o_partial +
-                       (int64_t{piece.partial_slot + worker().member} * C::block_rows + block_row) * C::d_v +
-                       first_column;
-      auto* final = static_cast<uint16_t*>(p.out) + piece.request * p.out_strides.batch +
-                    (piece.first_token + token) * p.out_strides.token + head * p.out_strides.head + first_column;
+      auto* to = static_cast<uint16_t*>(p.out) + piece.request * p.out_strides.batch +
+                 (piece.first_token + token) * p.out_strides.token + head * p.out_strides.head + me.warp() * S::warp_v;
       // The four threads of a row exchange words, so that each stores 16 bytes at once.
 #pragma unroll
       for (int n = first.value; n < first.value + kept_tiles; n += 4) {
-        float x[4][2];
+        uint32_t words[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-#pragma unroll
-          for (int j = 0; j < 2; ++j) x[i][j] = o[half / 2][n + i][half % 2 * 2 + j] * scale;
-        if (piece.partial_slot >= 0) {
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            uint32_t words[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) words[i] = __float_as_uint(x[2 * j + i / 2][i % 2]);
-            gather_pairs(words);
-            if (exists) store_global(partial + (n + 2 * j + quad_lane % 2) * 8 + quad_lane / 2 * 4, words);
-          }
-        } else {
-          uint32_t words[4];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) words[i] = pack2<T>(x[i][0], x[i][1]);
-          transpose_quad(words);
-          if (exists) store_global(final + (n + quad_lane) * 8, words);
+        for (int i = 0; i < 4; ++i) {
+          const float* x = o[half / 2][n + i] + half % 2 * 2;
+          words[i] = pack2<T>(x[0] * scale, x[1] * scale);
         }
+        transpose_quad(words);
+        if (exists) store_global(to + (n + static_cast<int>(me.thread % 4)) * 8, words);
       }
     }
+  };
+  auto store_o = [&](const Piece& piece, auto first) {  // the columns that the group keeps, from tile number `first` on
+    if (piece.partial_slot >= 0) store_partial(piece, first);
+    else store_output(piece, first);
   };
   // `free_stage`: that of the group's last tile; `parity`: of the round in which it was filled.
   auto finish_piece = [&](const Piece& piece, int free_stage, int parity) {

@@ -24,6 +24,9 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t to, const uint32_t (&r)[4])
 // thread's wgmma or TMA needs a barrier behind it as well.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// The same for global memory.
+__device__ __forceinline__ void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 // True in one lane, for a whole warp. ptxas knows that it is one: behind this TMA takes uniform registers as they are, behind any other
 // condition it gets a loop over lanes.
 __device__ __forceinline__ bool elect_lane() {
@@ -102,6 +105,12 @@ __device__ __forceinline__ void tma_load_3d(uint32_t to, const TensorMap* map, i
           "r"(to),
       "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
       : "memory");
+}
+// `bytes`, a multiple of 16, in one piece; they count on `barrier`.
+__device__ __forceinline__ void bulk_load(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
 }
 // Copies 16 bytes past L1; with `valid` false writes 16 zero bytes and reads nothing.
 __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, bool valid) {

@@ -1,6 +1,7 @@
 // The rows of a block: which query rows a piece is computed for, Q's way into shared memory, and the way of the results.
 #pragma once
 
+#include "../common/partials.cuh"
 #include "../common/schedule.h"
 #include "softmax.cuh"
 #include "tile.cuh"
@@ -16,8 +17,8 @@ struct alignas(16) RowBlock {
   int first_tile, num_tiles;
   int unmasked_tiles;  // so many of the first tiles are visible to all rows as a whole; may be negative
   int partial_slot;    // -1: the result is final
-  int alone;           // no other worker has row blocks for this KV
-  int reserved;
+  int group_size;      // workers that have row blocks for this KV
+  int pairs;           // as in PlanWorker, of those that concern this piece
 };
 
 // How many KV tokens a row of the block sees; rows that do not exist count like others.
@@ -42,13 +43,14 @@ __device__ __forceinline__ RowBlock make_row_block(const DecodeParams& p, const 
   return block;
 }
 
-// A worker's next piece at or after number `index`, or `end`. Others hold no row block for it, or no tile.
-__device__ __forceinline__ int next_piece(const DecodeParams& p, const Piece* pieces, int index, int end, int member,
-                                          int block_rows) {
-  while (index < end) {
-    const RowBlock block = make_row_block(p, pieces[index], member, block_rows);
+// The worker's next piece from number `index` on, in steps of `step`, or the first number outside its range. Others hold no row block
+// for it, or no tile.
+__device__ __forceinline__ int next_piece(const DecodeParams& p, const Piece* pieces, const PlanWorker& worker,
+                                          int index, int step, int block_rows) {
+  while (worker.first_piece <= index && index < worker.end_piece) {
+    const RowBlock block = make_row_block(p, pieces[index], worker.member, block_rows);
     if (block.num_rows > 0 && block.num_tiles > 0) break;
-    ++index;
+    index += step;
   }
   return warp_uniform(index);
 }
@@ -121,34 +123,41 @@ __device__ __forceinline__ void store_output(const DecodeParams& p, const RowBlo
     if (exists) *reinterpret_cast<uint4*>(to + n * 8) = eight;
   }
 }
+// Of a warp: its 16 rows, `row_tile`, and the fragments from `column_tile` on.
 template <class C, int N>
-__device__ __forceinline__ void store_partial(const DecodeParams& p, const RowBlock& block, int block_row, int column,
-                                              const float (&o)[N], int half, float scale) {
-  const int in_quad = threadIdx.x % 4;
-  const bool odd = in_quad & 1, exists = block_row < block.num_rows;
-  float* to = p.o_partial + (int64_t{block.partial_slot} * C::block_rows + block_row) * C::d_v + column - in_quad * 2 +
-              odd * 8 + in_quad / 2 * 4;
+__device__ __forceinline__ void store_partial(const DecodeParams& p, int slot, int row_tile, int column_tile,
+                                              const float (&o)[N], const float (&scale)[2]) {
+  float4* to = partial_fragment(p, C::block_rows, C::d_v, slot, row_tile, column_tile);
 #pragma unroll
-  for (int n = 0; n < N / 4; n += 2) {  // 16 columns: even threads get four of the first 8, odd ones of the others
-    float x[2][2], got[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-      for (int e = 0; e < 2; ++e) x[i][e] = o[(n + i) * 4 + half * 2 + e] * scale;
-#pragma unroll
-    for (int e = 0; e < 2; ++e) got[e] = lane_swap(odd ? x[0][e] : x[1][e], 1);
-    float4 four;
-    four.x = odd ? got[0] : x[0][0];
-    four.y = odd ? got[1] : x[0][1];
-    four.z = odd ? x[1][0] : got[0];
-    four.w = odd ? x[1][1] : got[1];
-    if (exists) *reinterpret_cast<float4*>(to + n * 8) = four;
-  }
+  for (int n = 0; n < N / 4; ++n)
+    to[n * 32] =
+        make_float4(o[n * 4] * scale[0], o[n * 4 + 1] * scale[0], o[n * 4 + 2] * scale[1], o[n * 4 + 3] * scale[1]);
 }
+// Merges with them those at `from` in shared memory, the calling lane's share of the first; `lse2` becomes that of both.
+template <int N>
+__device__ __forceinline__ void merge_partial(uint32_t from, const float (&other_lse2)[2], float (&o)[N],
+                                              float (&scale)[2], float (&lse2)[2]) {
+  float other[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const PairWeights weights = pair_weights(lse2[half], other_lse2[half]);
+    scale[half] *= weights.own, other[half] = weights.other, lse2[half] = weights.lse2;
+  }
+#pragma unroll
+  for (int n = 0; n < N / 4; ++n) {
+    float x[4];
+    load_shared(x, from + n * 32 * 16);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) o[n * 4 + i] = scale[i / 2] * o[n * 4 + i] + other[i / 2] * x[i];
+  }
+  scale[0] = scale[1] = 1.f;
+}
+// `partial`: to where the combine kernel or another worker finds it.
 template <class C>
-__device__ __forceinline__ void store_lse(const DecodeParams& p, const RowBlock& block, int block_row, float lse2) {
-  if (block.partial_slot >= 0) {
-    p.lse2_partial[int64_t{block.partial_slot} * C::block_rows + block_row] = lse2;
+__device__ __forceinline__ void store_lse(const DecodeParams& p, const RowBlock& block, int block_row, float lse2,
+                                          bool partial) {
+  if (partial) {
+    *partial_lse2(p, C::block_rows, block.partial_slot, block_row) = lse2;
   } else if (p.lse) {
     p.lse[row_offset(p, block, block_row, p.lse_strides)] = lse2 * kLn2;
   }

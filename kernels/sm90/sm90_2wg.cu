@@ -80,9 +80,7 @@ __device__ __forceinline__ void decode_pieces(const DecodeParams& p) {
 
   const schedule::PlanView plan = schedule::view(p.plan, p.num_workers);
   const PlanWorker worker = plan.workers[blockIdx.x];
-  auto next_piece_at = [&](int index) {
-    return next_piece(p, plan.pieces, index, worker.end_piece, worker.member, C::block_rows);
-  };
+  auto next_piece_at = [&](int index) { return next_piece(p, plan.pieces, worker, index, 1, C::block_rows); };
   auto block_of = [&](int index) { return make_row_block(p, plan.pieces[index], worker.member, C::block_rows); };
 
   int index = next_piece_at(worker.first_piece);
@@ -178,6 +176,7 @@ __device__ __forceinline__ void decode_pieces(const DecodeParams& p) {
   }
   begin_load_piece(index);
   __syncthreads();  // the mbarriers are there
+  let_next_kernel_start();
   for (int t = 0; t < C::stages; ++t) {
     gather();
     load_tile(t);
@@ -405,16 +404,18 @@ __device__ __forceinline__ void decode_pieces(const DecodeParams& p) {
     named_barrier_sync(kPieceEnd, C::threads);  // pairs with itself: both warpgroups' sums and all of Q are there
     const RowBlock block = block_of(index);
     const bool partial = warp_uniform(block.partial_slot) >= 0;
+    float scale[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int block_row = row + half * 8, column = first_chunk * kChunkColumns + pair;
+      const int block_row = row + half * 8;
       const float sum = row_sum[half] + load_shared(row_sum_at(parity, 1 - group, block_row));
-      const float scale = sum == 0.f ? 0.f : 1.f / sum;
-      if (partial) store_partial<C>(p, block, block_row, column, o, half, scale);
-      else store_output<T>(p, block, block_row, column, o, half, scale);
+      scale[half] = sum == 0.f ? 0.f : 1.f / sum;
+      if (!partial) store_output<T>(p, block, block_row, first_chunk * kChunkColumns + pair, o, half, scale[half]);
       if (group == 0 && lane % 4 == 0 && block_row < block.num_rows)
-        store_lse<C>(p, block, block_row, lse2_of(row_max[half], sum));
+        store_lse<C>(p, block, block_row, lse2_of(row_max[half], sum), partial);
     }
+    if (partial && warp * kFragmentRows < block.num_rows)
+      store_partial<C>(p, block.partial_slot, warp, first_chunk * kChunkColumns / kFragmentColumns, o, scale);
     if (next_index == worker.end_piece) return;
 #pragma unroll
     for (int i = 0; i < L::o_registers; ++i) o[i] = 0.f;

@@ -32,6 +32,7 @@ enum Barrier : int {
   kPReady = 1,      // + warpgroup: it left P and the row max of its tile. Both warpgroups: one arrives, the other waits
   kOthersDone = 3,  // + warpgroup: all its warps have multiplied the other's P. Its own threads
   kSumsReady = 5,   // both left their row sums
+  kPartialThere = 6,  // both stored their columns of a partial result
 };
 
 template <class C>
@@ -47,6 +48,7 @@ struct Smem {
   uint64_t free_rope[C::stages];                      // the tile's owner is done with RoPE
   uint64_t landed[kConsumers];  // a half of the last tile of a request is there, but for its zeros
   uint64_t q_full, q_free;
+  uint64_t other_there;  // the other partial result of a pair, in the stages
 };
 
 // A place in the ring, and the parity of the round.
@@ -55,6 +57,11 @@ struct RingPlace {
   int stage = 0, parity = 0;
   __device__ __forceinline__ void advance() {
     if (++stage == C::stages) stage = 0, parity ^= 1;
+  }
+  __device__ __forceinline__ RingPlace after() const {
+    RingPlace next = *this;
+    next.advance();
+    return next;
   }
 };
 
@@ -91,7 +98,8 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
   auto landed_at = [&](int half) {
     return smem + static_cast<uint32_t>(offsetof(Smem<C>, landed)) + half * kMbarrierBytes;
   };
-  const uint32_t q_full = smem + offsetof(Smem<C>, q_full), q_free = smem + offsetof(Smem<C>, q_free);
+  const uint32_t q_full = smem + offsetof(Smem<C>, q_full), q_free = smem + offsetof(Smem<C>, q_free),
+                 other_there = smem + offsetof(Smem<C>, other_there);
 
   const int warpgroup = warp_uniform(threadIdx.x / kWarpgroupThreads);
   const int warp = warp_uniform(threadIdx.x % kWarpgroupThreads / 32), lane = threadIdx.x % 32;
@@ -105,17 +113,18 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
     for (int half = 0; half < kConsumers; ++half) mbarrier_init(landed_at(half), 1);
     mbarrier_init(q_full, kCopyWarps);
     mbarrier_init(q_free, kConsumers * kWarpgroupWarps);
+    mbarrier_init(other_there, 1);
     fence_mbarrier_init();
   }
   __syncthreads();  // the mbarriers are there
+  let_next_kernel_start();
 
   if (warpgroup == kConsumers) {
     lower_registers<kProducerRegisters>();
     const schedule::PlanView plan = schedule::view(p.plan, p.num_workers);
     const PlanWorker worker = plan.workers[blockIdx.x];
-    auto next_piece_at = [&](int index) {
-      return next_piece(p, plan.pieces, index, worker.end_piece, worker.member, C::block_rows);
-    };
+    // From the last piece to the first: that may have to be merged with the last one of the group before, which is then long there.
+    auto next_piece_at = [&](int index) { return next_piece(p, plan.pieces, worker, index, -1, C::block_rows); };
     auto block_of = [&](int index) { return make_row_block(p, plan.pieces[index], worker.member, C::block_rows); };
     // The chunks of a half of the columns in the order in which they are freed: those of the tile's owner come first, with RoPE.
     auto half_of = [](int tile, int i) { return (tile + i) & 1; };
@@ -131,7 +140,8 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
       }
       RingPlace<C> at;
       int landed_parity = 0;
-      for (int index = next_piece_at(worker.first_piece); index < worker.end_piece; index = next_piece_at(index + 1)) {
+      for (int index = next_piece_at(worker.end_piece - 1); index >= worker.first_piece;
+           index = next_piece_at(index - 1)) {
         const RowBlock block = block_of(index);
         const int request = warp_uniform(block.request), len = warp_uniform(block.len);
         const int first_tile = warp_uniform(block.first_tile), num_tiles = warp_uniform(block.num_tiles);
@@ -176,6 +186,7 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
           }
         }
       }
+      return at;
     };
 
     // ---- KV by address: two warps, 32 rows of a tile each ----
@@ -190,7 +201,8 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
         __syncwarp();  // all lanes have fenced their copies
         if (lane < copying_chunks) mbarrier_arrive(full_at(copying.stage, chunk_of(copying_half, lane)));
       };
-      for (int index = next_piece_at(worker.first_piece); index < worker.end_piece; index = next_piece_at(index + 1)) {
+      for (int index = next_piece_at(worker.end_piece - 1); index >= worker.first_piece;
+           index = next_piece_at(index - 1)) {
         const RowBlock block = block_of(index);
         auto slot_of_lane = [&](int tile) {
           return slot_of(p, block.request, (block.first_tile + tile) * kTileTokens + warp * 32 + lane, block.len);
@@ -219,16 +231,19 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
       }
       cp_async_wait<0>();
       announce();
+      return at;
     };
 
     // ---- Q, and what the piece is ----
 
     auto copy_q_of_pieces = [&] {
       int parity = 0;  // of the piece
-      for (int index = next_piece_at(worker.first_piece);; index = next_piece_at(index + 1), parity ^= 1) {
-        const bool more = index < worker.end_piece;
+      for (int index = next_piece_at(worker.end_piece - 1);; index = next_piece_at(index - 1), parity ^= 1) {
+        const bool more = index >= worker.first_piece;
         RowBlock block = more ? block_of(index) : RowBlock{};
-        block.alone = plan.header->group_size == 1;
+        block.group_size = plan.header->group_size;
+        if (more && index == worker.first_piece) block.pairs |= worker.pairs & kMergesFirst;
+        if (more && index == worker.end_piece - 1) block.pairs |= worker.pairs & kLeavesLast;
         mbarrier_wait(q_free, parity ^ 1);  // nobody reads Q any more, nor the block before the last
         if (more) copy_q<C>(p, block, smem, threadIdx.x % (32 * kCopyWarps), 32 * kCopyWarps);
         if (warp == kCopyWarps && lane == 0) store_shared_struct(block_at(parity), block);
@@ -241,9 +256,35 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
       }
     };
 
-    if (warp >= kCopyWarps) copy_q_of_pieces();
-    else if (has_boxes(p)) load_boxes_of_pieces(warp);
-    else copy_rows_of_pieces();
+    // ---- behind the last piece: what another worker left of it. Into the stages, half of the rows each, while the last tiles are
+    // computed ----
+
+    auto load_other_partial = [&](RingPlace<C> at) {
+      const RowBlock block = block_of(worker.first_piece);
+      if (block.num_rows <= 0 || block.num_tiles <= 0) return;
+      constexpr int row_tile_bytes = kFragmentRows * C::d_v * static_cast<int>(sizeof(float));
+      static_assert(2 * row_tile_bytes <= L::bytes && C::stages >= 2);
+      const int slot = block.partial_slot - plan.header->group_size;  // of the group before
+      int bytes = (min(block.num_rows, C::block_rows) + kFragmentRows - 1) / kFragmentRows * row_tile_bytes;
+      const auto* from = reinterpret_cast<const unsigned char*>(p.o_partial) + int64_t{slot} * 4 * row_tile_bytes;
+      if (lane == 0) {
+        wait_for_partial(p, slot);
+        fence_proxy_async_global();  // it was written by ordinary stores
+        mbarrier_arrive_expect(other_there, bytes);
+      }
+      for (; bytes > 0; bytes -= 2 * row_tile_bytes, from += 2 * row_tile_bytes, at.advance()) {
+        if (L::rope > 0) mbarrier_wait(free_rope_at(at.stage), at.parity ^ 1);
+        for (int half = 0; half < kConsumers; ++half) mbarrier_wait(free_at(at.stage, half), at.parity ^ 1);
+        if (lane == 0) bulk_load(tile_at(at.stage), from, min(bytes, 2 * row_tile_bytes), other_there);
+      }
+    };
+
+    if (warp >= kCopyWarps) {
+      copy_q_of_pieces();
+    } else {
+      const RingPlace<C> end = has_boxes(p) ? load_boxes_of_pieces(warp) : copy_rows_of_pieces();
+      if (warp == 0 && worker.pairs & kMergesFirst) load_other_partial(end);
+    }
   } else {
     raise_registers<kConsumerRegisters>();
     const int quad = lane / 4, pair = lane % 4 * 2, row = warp * 16 + quad;  // rows `row` and `row` + 8
@@ -341,7 +382,7 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
         load_shared_struct(block, block_at(parity));
         num_tiles = warp_uniform(block.num_tiles);
         unmasked_tiles = warp_uniform(block.unmasked_tiles);
-        alone = warp_uniform(block.alone);
+        alone = warp_uniform(block.group_size) == 1;
 #pragma unroll
         for (int half = 0; half < 2; ++half)
           visible[half] = visible_tokens(p, block, row + half * 8) - block.first_tile * kTileTokens - pair;
@@ -453,16 +494,41 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
       named_barrier_sync(kSumsReady, kConsumers * kWarpgroupThreads);  // with the other
       RowBlock block;
       load_shared_struct(block, block_at(parity));
-      const bool partial = warp_uniform(block.partial_slot) >= 0;
+      float scale[2], lse2[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int block_row = row + half * 8, column = warpgroup * (C::d_v / 2) + pair;
-        const float total = sum[half] + load_shared(row_sum_at(parity, warpgroup ^ 1, block_row));
-        const float scale = total == 0.f ? 0.f : 1.f / total;
-        if (partial) store_partial<C>(p, block, block_row, column, o, half, scale);
-        else store_output<T>(p, block, block_row, column, o, half, scale);
+        const float total = sum[half] + load_shared(row_sum_at(parity, warpgroup ^ 1, row + half * 8));
+        scale[half] = total == 0.f ? 0.f : 1.f / total;
+        lse2[half] = lse2_of(max[half], total);
+      }
+      const int column_tile = warpgroup * (C::d_v / 2 / kFragmentColumns);
+      const bool has_rows = warp * kFragmentRows < block.num_rows;
+      const bool merges = warp_uniform(block.pairs) & kMergesFirst;
+      if (merges) {
+        mbarrier_wait(other_there, 0);  // pairs with load_other_partial
+        if (has_rows) {
+          const float* other = partial_lse2(p, C::block_rows, block.partial_slot - block.group_size, row);
+          float other_lse2[2];
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            other_lse2[half] = row + half * 8 < block.num_rows ? __ldcg(other + half * 8) : kNegInf;
+          const RingPlace<C> place = warp / 2 == 0 ? at : at.after();
+          const int fragment = (warp % 2) * (C::d_v / kFragmentColumns) + column_tile;
+          merge_partial(tile_at(place.stage) + (fragment * 32 + lane) * 16, other_lse2, o, scale, lse2);
+        }
+      }
+      const bool leaves = warp_uniform(block.partial_slot) >= 0 && !merges;
+      if (leaves && has_rows) store_partial<C>(p, block.partial_slot, warp, column_tile, o, scale);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int block_row = row + half * 8;
+        if (!leaves) store_output<T>(p, block, block_row, warpgroup * (C::d_v / 2) + pair, o, half, scale[half]);
         if (warpgroup == 0 && lane % 4 == 0 && block_row < block.num_rows)
-          store_lse<C>(p, block, block_row, lse2_of(max[half], total));
+          store_lse<C>(p, block, block_row, lse2[half], leaves);
+      }
+      if (warp_uniform(block.pairs) & kLeavesLast) {
+        named_barrier_sync(kPartialThere, kConsumers * kWarpgroupThreads);  // with the other: all of it is stored
+        if (threadIdx.x == 0) announce_partial(p, block.partial_slot);
       }
     }
   }

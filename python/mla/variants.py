@@ -29,6 +29,7 @@ class Variant:
     smem_limit: int  # bytes that a CTA may have on the smallest GPU that the image is for
     min_sm: int
     exact_sm: bool  # runs on min_sm alone
+    merges_pairs: bool  # a result that two workers share is merged by one of them
 
     @property
     def on_host(self) -> bool:

@@ -80,7 +80,10 @@ def inputs_of(case: Case) -> Inputs:
 
 
 def is_split(case: Case, row: Variant, workers: int) -> bool:
-    batch, shape = Batch(case.seq_lens, case.q_lens, case.h_q), (row.block_rows, row.block_n)
+    batch, shape = (
+        Batch(case.seq_lens, case.q_lens, case.h_q),
+        (row.block_rows, row.block_n, row.merges_pairs),
+    )
     return bool(host_schedule(batch, shape, workers)["splits"])
 
 

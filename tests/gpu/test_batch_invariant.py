@@ -84,7 +84,7 @@ def test_ragged_neighbours(row: Variant, device: torch.device) -> None:
         inputs = batch_of(whole, order)
         assert_same(run_each(inputs, variant=row.name), order, want)
         batch = Batch(inputs.case.seq_lens, inputs.case.query_lens, inputs.case.h_q)
-        shape = (row.block_rows, row.block_n)
+        shape = (row.block_rows, row.block_n, row.merges_pairs)
         sizes.add(host_schedule(batch, shape, resolve(device).sm_count, True)["group_size"])
     assert len(sizes) > 1, "workers were grouped alike in all batches"
 

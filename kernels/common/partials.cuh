@@ -1,0 +1,70 @@
+// Partial results: O and lse2 of a piece that is not its whole item, in float32.
+//
+// O lies as mma and wgmma leave it, so that storing and loading need no exchange: in fragments of 16 rows x 8 columns, of which each
+// of 32 lanes has 16 bytes. Lane 4 g + q has columns 2 q and 2 q + 1 of row g, then of row g + 8.
+#pragma once
+
+#include "math.cuh"
+#include "plan_view.h"
+
+namespace mla {
+
+constexpr int kFragmentRows = 16, kFragmentColumns = 8;
+
+// The calling lane's share of a fragment.
+__device__ __forceinline__ float4* partial_fragment(const DecodeParams& p, int block_rows, int d_v, int slot,
+                                                    int row_tile, int column_tile) {
+  const int64_t tile =
+      (int64_t{slot} * (block_rows / kFragmentRows) + row_tile) * (d_v / kFragmentColumns) + column_tile;
+  return reinterpret_cast<float4*>(p.o_partial) + tile * 32 + threadIdx.x % 32;
+}
+__device__ __forceinline__ float* partial_lse2(const DecodeParams& p, int block_rows, int slot, int block_row) {
+  return p.lse2_partial + (slot * block_rows + block_row);
+}
+
+// The kernel behind this one in the stream, if it was launched to, may start; it waits for this one's results by itself.
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// ---- pairs (PlanWorker): the later group merges what the one before it left ----
+//
+// It waits for a group with lower numbers of CTAs than its own, which were dispatched before and wait for none with higher ones.
+
+// The flag of a partial result. Found anew each time: no registers are spent on it in the loop.
+__device__ __forceinline__ int32_t* flag_of(const DecodeParams& p, int slot) {
+  int num_workers = p.num_workers;
+  asm volatile("" : "+r"(num_workers));
+  return schedule::view(p.plan, num_workers).left + slot;
+}
+// By one thread, behind a barrier with those that stored it.
+__device__ __forceinline__ void announce_partial(const DecodeParams& p, int slot) {
+  asm volatile("st.release.gpu.global.s32 [%0], 1;" ::"l"(flag_of(p, slot)) : "memory");
+}
+// By one thread; all may read it behind a barrier with it. The flag is ready for the next launch then.
+__device__ __forceinline__ void wait_for_partial(const DecodeParams& p, int slot) {
+  int32_t* flag = flag_of(p, slot);
+  asm volatile(
+      "{\n.reg .pred p;\n.reg .s32 left;\nAGAIN:\nld.acquire.gpu.global.s32 left, [%0];\nsetp.eq.s32 p, left, 0;\n"
+      "@p bra AGAIN;\n}" ::"l"(flag)
+      : "memory");
+  *flag = 0;
+}
+
+// What the two partial results of a row count in its result, and the lse2 of that.
+struct PairWeights {
+  float own, other, lse2;
+};
+__device__ __forceinline__ PairWeights pair_weights(float own, float other) {
+  const float max = fmaxf(own, other), base = max == kNegInf ? 0.f : max;
+  const float lse2 = lse2_of(base, exp2_fast(own - base) + exp2_fast(other - base));
+  const float lse2_base = lse2 == kNegInf ? 0.f : lse2;
+  return {exp2_fast(own - lse2_base), exp2_fast(other - lse2_base), lse2};
+}
+__device__ __forceinline__ float merge_pair(const PairWeights& w, float own, float other) {
+  return w.own * own + w.other * other;
+}
+
+}  // namespace mla
