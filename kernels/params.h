@@ -36,7 +36,7 @@ struct alignas(64) TensorMap {
   uint64_t words[16];
 };
 
-// A schedule in device memory: this header, PlanWorker[num_workers], the flags of pairs, the pieces, the SplitItems, and what only
+// A schedule in device memory: this header, PlanWorker[num_workers], the pieces, the SplitItems, and what only
 // the planner reads.
 // What the words mean and how large the whole is: common/schedule.h and, of a batch-invariant one, common/parts.h.
 struct PlanHeader {

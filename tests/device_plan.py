@@ -195,17 +195,16 @@ class DevicePlan:
         sizes = part_sizes(batch, shape, workers, batch_invariant)
         assert len(words) == sum(sizes)
         ends = list(accumulate(sizes))
-        header, by_worker, left, pieces, splits, _ = (
+        header, by_worker, pieces, splits, _ = (
             words[end - size : end] for size, end in zip(sizes, ends, strict=True)
         )
         self.batch, self.shape, self.num_workers = batch, shape, workers
         self.units_per_group, _, splits_at = struct.unpack("3q", struct.pack("6i", *header[:6]))
-        assert splits_at == 4 * ends[3]
-        assert batch_invariant or not any(left)
+        assert splits_at == 4 * ends[2]
         self.num_groups, self.group_size, self.num_splits = header[6:9]
         assert header[9] == batch_invariant
         self.batch_invariant = batch_invariant
-        self.max_splits = sizes[4] // 8
+        self.max_splits = sizes[3] // 8
         self.num_slots = max_partials(batch, shape) if batch_invariant else 2 * workers
         self.workers = [Worker(*by_worker[i : i + 4]) for i in range(0, len(by_worker), 4)]
         written = splits[: 8 * self.num_splits]
@@ -338,10 +337,9 @@ def max_partials(batch: Batch, shape: Shape) -> int:
 def part_sizes(
     batch: Batch, shape: Shape, workers: int, batch_invariant: bool = False
 ) -> list[int]:
-    """Words of the header, the workers, the flags, the pieces, the splits, and what only the
-    planner reads."""
+    """Words of the header, the workers, the pieces, the splits, and what only the planner reads."""
     b, items = len(batch.seq_lens), max_items(batch, shape)
-    fixed = [12, 4 * workers, -(-2 * workers // 4) * 4]
+    fixed = [12, 4 * workers]
     if batch_invariant:
         pieces = max(max_partials(batch, shape), items)
         # Two int64 and three int32 for each request, one and two for each worker.

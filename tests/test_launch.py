@@ -278,7 +278,7 @@ def test_unknown_names_are_errors() -> None:
 def test_sizes(variant: dict[str, Any]) -> None:
     params = _mla.DecodeParams()
     params.num_workers = 3
-    assert _mla.partial_slots(variant["name"], params) == 2 * 3
+    assert _mla.partial_slots(variant["name"], params) == 2 * 3 + 1
 
 
 def test_a_plan_has_room_for_every_piece() -> None:
@@ -287,8 +287,7 @@ def test_a_plan_has_room_for_every_piece() -> None:
     variant = GPU_VARIANTS[0]
     header, worker, split, piece, request = 48, 16, 32, 32, 8 + 4
     row_blocks = -(-2 * 40 // variant["block_rows"])
-    flags = 4 * 16  # of 14 slots
-    fixed = header + 7 * (worker + split) + flags + 6 * request
+    fixed = header + 7 * (worker + split) + 6 * request
     assert _mla.plan_bytes(variant["name"], params) == fixed + (5 * row_blocks + 7) * piece
     params.cu_seqlens_q, params.total_q = (
         16,

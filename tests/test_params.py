@@ -182,8 +182,8 @@ class TestWorkspace:
         params.num_requests, params.s_q, params.h_q, params.num_workers = 3, 2, 16, 108
         assert schedule % 256 == 0
         assert 0 <= schedule - _mla.plan_bytes(row.name, params) < 256
-        assert p["lse2_partial"] - p["o_partial"] == 2 * 108 * row.block_rows * row.d_v * 4
-        assert base + size - p["lse2_partial"] == 2 * 108 * row.block_rows * 4
+        assert p["lse2_partial"] - p["o_partial"] == (2 * 108 + 1) * row.block_rows * row.d_v * 4
+        assert base + size - p["lse2_partial"] == (2 * 108 + 1) * row.block_rows * 4
 
     def test_is_kept_and_grown(self, launches: list[Launch]) -> None:
         small, large = call(), call(Case((70, 33, 5) * 3, q_lens=2, h_q=128))

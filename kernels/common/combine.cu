@@ -53,6 +53,8 @@ __device__ __forceinline__ void combine(const DecodeParams& p, schedule::Shape s
   SplitItem item{};
   if (static_cast<int>(blockIdx.x) < num_tasks) item = item_of(blockIdx.x);
   wait_for_kernel_before();
+  if (shape.merges_pairs && !p.plan->batch_invariant && blockIdx.x == 0 && threadIdx.x == 0)
+    ++*launch_count(p, shape.block_rows, DV);
 
 #pragma unroll 1
   for (int task = blockIdx.x; task < num_tasks; task += gridDim.x) {
@@ -133,6 +135,7 @@ __device__ __forceinline__ void combine(const DecodeParams& p, schedule::Shape s
             for (int n = 0; n < kWarpTiles; ++n) add(part_sum[n], upper, lower, x[i][n]);
           }
         }
+        if ((chunk + sharing) * kChunkParts < num_parts) load_chunk(chunk + sharing);
       }
       if (sharing > 1) {
 #pragma unroll

@@ -80,7 +80,6 @@ extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)
     return number;
   };
   auto limit = [&](int64_t number) { return static_cast<int32_t>(min(number, max_pieces)); };
-  for (int i = thread; i < schedule::flags_of(num_workers); i += kPlanThreads) plan.left[i] = 0;
   // The first and the last piece of every group; a piece that is both is written twice, with the same words.
   for (int worker = thread; worker < num_workers; worker += kPlanThreads) {
     const int g = worker / group_size;

@@ -224,7 +224,9 @@ MLA_HD int64_t max_pieces(const Lengths& lengths, Shape shape, int32_t num_worke
   return max_items(lengths, shape) + num_workers;
 }
 
-MLA_HD int32_t partial_slots(int32_t num_workers) { return 2 * num_workers; }
+MLA_HD int32_t partial_slots(int32_t num_workers) {
+  return 2 * num_workers + 1;
+}  // the last holds flags (partials.cuh)
 
 // The planner's own, behind the splits.
 MLA_HD int64_t* first_unit_of(SplitItem* splits, int32_t num_workers) {  // [num_requests + 1]

@@ -268,7 +268,7 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
       int bytes = (min(block.num_rows, C::block_rows) + kFragmentRows - 1) / kFragmentRows * row_tile_bytes;
       const auto* from = reinterpret_cast<const unsigned char*>(p.o_partial) + int64_t{slot} * 4 * row_tile_bytes;
       if (lane == 0) {
-        wait_for_partial(p, slot);
+        wait_for_partial(p, C::block_rows, C::d_v, slot);
         fence_proxy_async_global();  // it was written by ordinary stores
         mbarrier_arrive_expect(other_there, bytes);
       }
@@ -528,7 +528,7 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
       }
       if (warp_uniform(block.pairs) & kLeavesLast) {
         named_barrier_sync(kPartialThere, kConsumers * kWarpgroupThreads);  // with the other: all of it is stored
-        if (threadIdx.x == 0) announce_partial(p, block.partial_slot);
+        if (threadIdx.x == 0) announce_partial(p, C::block_rows, C::d_v, block.partial_slot);
       }
     }
   }

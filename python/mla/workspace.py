@@ -2,7 +2,7 @@
 
     schedule  48 + 80 * num_workers + 32 * row_blocks + 12 * (b + 1) bytes, rounded up to 256;
               none with a plan
-    partials  slots * block_rows * (d_v + 1) * 4 bytes, slots = 2 * num_workers
+    partials  slots * block_rows * (d_v + 1) * 4 bytes, slots = 2 * num_workers + 1
 
 num_workers is the number of SMs; row_blocks is b * ceil(s_q * h_q / block_rows), of a ragged query
 ceil(total_q * h_q / block_rows) + b. With `batch_invariant`
