@@ -33,6 +33,7 @@ enum Barrier : int {
   kOthersDone = 3,  // + warpgroup: all its warps have multiplied the other's P. Its own threads
   kSumsReady = 5,   // both left their row sums
   kPartialThere = 6,  // both stored their columns of a partial result
+  kCanBegin = 7,      // the mbarriers are there. All threads
 };
 
 template <class C>
@@ -103,29 +104,38 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
 
   const int warpgroup = warp_uniform(threadIdx.x / kWarpgroupThreads);
   const int warp = warp_uniform(threadIdx.x % kWarpgroupThreads / 32), lane = threadIdx.x % 32;
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < C::stages; ++stage) {
-      for (int chunk = 0; chunk < L::k_chunks; ++chunk)
-        mbarrier_init(full_at(stage, chunk), has_boxes(p) ? 1 : kCopyWarps);
-      for (int half = 0; half < kConsumers; ++half) mbarrier_init(free_at(stage, half), kWarpgroupWarps);
-      mbarrier_init(free_rope_at(stage), kWarpgroupWarps);
-    }
-    for (int half = 0; half < kConsumers; ++half) mbarrier_init(landed_at(half), 1);
-    mbarrier_init(q_full, kCopyWarps);
-    mbarrier_init(q_free, kConsumers * kWarpgroupWarps);
-    mbarrier_init(other_there, 1);
-    fence_mbarrier_init();
-  }
-  __syncthreads();  // the mbarriers are there
-  let_next_kernel_start();
-
   if (warpgroup == kConsumers) {
-    lower_registers<kProducerRegisters>();
+    // What the first box needs is looked up at once: a CTA with little to do spends most of its time on these, one behind the other.
+    if (warp == 0 && has_boxes(p) && elect_lane()) {
+      prefetch_tensor_map(&p.latent_map);
+      if (L::rope > 0) prefetch_tensor_map(&p.rope_map);
+    }
     const schedule::PlanView plan = schedule::view(p.plan, p.num_workers);
     const PlanWorker worker = plan.workers[blockIdx.x];
     // From the last piece to the first: that may have to be merged with the last one of the group before, which is then long there.
     auto next_piece_at = [&](int index) { return next_piece(p, plan.pieces, worker, index, -1, C::block_rows); };
-    auto block_of = [&](int index) { return make_row_block(p, plan.pieces[index], worker.member, C::block_rows); };
+    auto block_of = [&](int index) {  // without tiles, if there is no such piece
+      RowBlock block{};
+      if (index >= worker.first_piece) block = make_row_block(p, plan.pieces[index], worker.member, C::block_rows);
+      return block;
+    };
+    int index = next_piece_at(worker.end_piece - 1);
+    RowBlock block = block_of(index);
+    auto begin_next_piece = [&] {
+      index = next_piece_at(index - 1);
+      block = block_of(index);
+    };
+    // Of the lane's box, or of its row, of a tile of the piece.
+    auto box_slot_at = [&](int tile) { return box_slot(p, block.request, block.first_tile + tile, block.len); };
+    auto row_slot_at = [&](int tile) {
+      return slot_of(p, block.request, (block.first_tile + tile) * kTileTokens + warp * 32 + lane, block.len);
+    };
+    Slot slot{};
+    if (warp < kCopyWarps) slot = has_boxes(p) ? box_slot_at(0) : row_slot_at(0);
+    named_barrier_sync(kCanBegin, C::threads);  // with everybody
+    let_next_kernel_start();
+    lower_registers<kProducerRegisters>();
+
     // The chunks of a half of the columns in the order in which they are freed: those of the tile's owner come first, with RoPE.
     auto half_of = [](int tile, int i) { return (tile + i) & 1; };
     auto chunks_of = [](int i) { return L::half_chunks + (i == 0 ? L::k_chunks - L::v_chunks : 0); };
@@ -134,23 +144,16 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
     // ---- KV by TMA: two warps, half of the columns each, and RoPE to whom the half is freed first ----
 
     auto load_boxes_of_pieces = [&](int half) {
-      if (elect_lane()) {
-        prefetch_tensor_map(&p.latent_map);
-        if (L::rope > 0) prefetch_tensor_map(&p.rope_map);
-      }
       RingPlace<C> at;
       int landed_parity = 0;
-      for (int index = next_piece_at(worker.end_piece - 1); index >= worker.first_piece;
-           index = next_piece_at(index - 1)) {
-        const RowBlock block = block_of(index);
-        const int request = warp_uniform(block.request), len = warp_uniform(block.len);
+      while (index >= worker.first_piece) {
+        const int len = warp_uniform(block.len);
         const int first_tile = warp_uniform(block.first_tile), num_tiles = warp_uniform(block.num_tiles);
-        Slot slot = box_slot(p, request, first_tile, len);
         for (int tile = 0; tile < num_tiles; ++tile, at.advance()) {
           const int tokens = tokens_of_tile(first_tile + tile, len);
           const Boxes boxes = all_boxes(p, slot);
           // Of the next tile: on its way while the stage of this one becomes free.
-          if (tile + 1 < num_tiles) slot = box_slot(p, request, first_tile + tile + 1, len);
+          if (tile + 1 < num_tiles) slot = box_slot_at(tile + 1);
           const int first = half * L::half_chunks;
           const bool with_rope = L::rope > 0 && tile % 2 == half;
           auto load = [&](int chunk) {
@@ -185,6 +188,8 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
             if (lane < chunks) mbarrier_arrive(full_at(at.stage, chunk_of(half, lane)));
           }
         }
+        begin_next_piece();
+        slot = box_slot_at(0);
       }
       return at;
     };
@@ -201,16 +206,10 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
         __syncwarp();  // all lanes have fenced their copies
         if (lane < copying_chunks) mbarrier_arrive(full_at(copying.stage, chunk_of(copying_half, lane)));
       };
-      for (int index = next_piece_at(worker.end_piece - 1); index >= worker.first_piece;
-           index = next_piece_at(index - 1)) {
-        const RowBlock block = block_of(index);
-        auto slot_of_lane = [&](int tile) {
-          return slot_of(p, block.request, (block.first_tile + tile) * kTileTokens + warp * 32 + lane, block.len);
-        };
-        Slot slot = slot_of_lane(0);
+      while (index >= worker.first_piece) {
         for (int tile = 0; tile < block.num_tiles; ++tile, at.advance()) {
           const RowAddress row = row_address(p, slot);
-          if (tile + 1 < block.num_tiles) slot = slot_of_lane(tile + 1);
+          if (tile + 1 < block.num_tiles) slot = row_slot_at(tile + 1);
           for (int i = 0; i < 2; ++i) {
             const int half = half_of(tile, i);
             if (!__all_sync(0xffffffffu, mbarrier_test(free_at(at.stage, half), at.parity ^ 1))) {
@@ -228,6 +227,8 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
             copying = at, copying_half = half, copying_chunks = chunks_of(i);
           }
         }
+        begin_next_piece();
+        slot = row_slot_at(0);
       }
       cp_async_wait<0>();
       announce();
@@ -237,11 +238,10 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
     // ---- Q, and what the piece is ----
 
     auto copy_q_of_pieces = [&] {
-      int parity = 0;  // of the piece
-      for (int index = next_piece_at(worker.end_piece - 1);; index = next_piece_at(index - 1), parity ^= 1) {
+      const int group_size = plan.header->group_size;
+      for (int parity = 0;; parity ^= 1) {  // of the piece
         const bool more = index >= worker.first_piece;
-        RowBlock block = more ? block_of(index) : RowBlock{};
-        block.group_size = plan.header->group_size;
+        block.group_size = group_size;
         if (more && index == worker.first_piece) block.pairs |= worker.pairs & kMergesFirst;
         if (more && index == worker.end_piece - 1) block.pairs |= worker.pairs & kLeavesLast;
         mbarrier_wait(q_free, parity ^ 1);  // nobody reads Q any more, nor the block before the last
@@ -253,6 +253,7 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
         __syncwarp();  // all lanes have fenced their copies
         if (lane == 0) mbarrier_arrive(q_full);
         if (!more) break;
+        begin_next_piece();
       }
     };
 
@@ -286,6 +287,21 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
       if (warp == 0 && worker.pairs & kMergesFirst) load_other_partial(end);
     }
   } else {
+    if (threadIdx.x == 0) {
+      for (int stage = 0; stage < C::stages; ++stage) {
+        for (int chunk = 0; chunk < L::k_chunks; ++chunk)
+          mbarrier_init(full_at(stage, chunk), has_boxes(p) ? 1 : kCopyWarps);
+        for (int half = 0; half < kConsumers; ++half) mbarrier_init(free_at(stage, half), kWarpgroupWarps);
+        mbarrier_init(free_rope_at(stage), kWarpgroupWarps);
+      }
+      for (int half = 0; half < kConsumers; ++half) mbarrier_init(landed_at(half), 1);
+      mbarrier_init(q_full, kCopyWarps);
+      mbarrier_init(q_free, kConsumers * kWarpgroupWarps);
+      mbarrier_init(other_there, 1);
+      fence_mbarrier_init();
+    }
+    named_barrier_sync(kCanBegin, C::threads);  // with everybody
+    let_next_kernel_start();
     raise_registers<kConsumerRegisters>();
     const int quad = lane / 4, pair = lane % 4 * 2, row = warp * 16 + quad;  // rows `row` and `row` + 8
     const uint64_t q_operand = k_major(smem), k_operand = k_major(tile_at(0));
