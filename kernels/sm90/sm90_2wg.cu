@@ -111,7 +111,7 @@ __device__ __forceinline__ void decode_pieces(const DecodeParams& p) {
   };
   // Ahead of load_tile(), where there is time; without a branch, as wgmmas may be in flight.
   auto gather = [&] {
-    if constexpr (by_boxes) loads.boxes = all_boxes(p, loads.slot);
+    if constexpr (by_boxes) loads.boxes = all_boxes(p, loads.slot, 0);
   };
   // This warpgroup's share of tile t: a chunk per warp by boxes, half of the rows and of the chunks per warp by address.
   auto load_tile = [&](int t) {

@@ -125,7 +125,7 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
       index = next_piece_at(index - 1);
       block = block_of(index);
     };
-    // Of the lane's box, or of its row, of a tile of the piece.
+    // Of the lane's box, in this tile of the piece or in one of the next, or of the lane's row in this tile.
     auto box_slot_at = [&](int tile) { return box_slot(p, block.request, block.first_tile + tile, block.len); };
     auto row_slot_at = [&](int tile) {
       return slot_of(p, block.request, (block.first_tile + tile) * kTileTokens + warp * 32 + lane, block.len);
@@ -151,9 +151,9 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
         const int first_tile = warp_uniform(block.first_tile), num_tiles = warp_uniform(block.num_tiles);
         for (int tile = 0; tile < num_tiles; ++tile, at.advance()) {
           const int tokens = tokens_of_tile(first_tile + tile, len);
-          const Boxes boxes = all_boxes(p, slot);
-          // Of the next tile: on its way while the stage of this one becomes free.
-          if (tile + 1 < num_tiles) slot = box_slot_at(tile + 1);
+          const Boxes boxes = all_boxes(p, slot, tile % kLookupTiles);
+          // Of the next tiles: on its way while the stage of this one becomes free.
+          if ((tile + 1) % kLookupTiles == 0) slot = box_slot_at(tile + 1);
           const int first = half * L::half_chunks;
           const bool with_rope = L::rope > 0 && tile % 2 == half;
           auto load = [&](int chunk) {

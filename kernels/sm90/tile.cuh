@@ -83,10 +83,12 @@ __device__ __forceinline__ int pool_page(const DecodeParams& p, Slot slot) {
 constexpr int kMaxBoxes = kTileTokens / kMinBoxRows;
 __device__ __forceinline__ bool has_boxes(const DecodeParams& p) { return p.box_rows >= kMinBoxRows; }
 
-// Lane i of a warp has box i of a tile; boxes that begin behind the request's end do not exist.
+// A warp looks up this many tiles at once: lane kMaxBoxes * i + k has box k of the i-th, from `tile` on. Boxes that begin behind the
+// request's end do not exist.
+constexpr int kLookupTiles = 32 / kMaxBoxes;
 __device__ __forceinline__ Slot box_slot(const DecodeParams& p, int request, int tile, int len) {
-  const int first = static_cast<int>(threadIdx.x % 32) * p.box_rows;
-  return first < kTileTokens ? slot_of(p, request, tile * kTileTokens + first, len) : Slot{0, -1};
+  const int lane = threadIdx.x % 32, first = lane % kMaxBoxes * p.box_rows;
+  return first < kTileTokens ? slot_of(p, request, (tile + lane / kMaxBoxes) * kTileTokens + first, len) : Slot{0, -1};
 }
 // Bytes that arrive of a chunk whose request has `tokens` of the tile: whole boxes.
 __device__ __forceinline__ int box_bytes(const DecodeParams& p, int tokens) {
@@ -97,13 +99,13 @@ __device__ __forceinline__ int box_bytes(const DecodeParams& p, int tokens) {
 struct Boxes {
   int page[kMaxBoxes], index[kMaxBoxes];
 };
-// From box_slot(), by a whole warp.
-__device__ __forceinline__ Boxes all_boxes(const DecodeParams& p, Slot slot) {
+// Of tile number `tile` of those that box_slot() looked up, by a whole warp.
+__device__ __forceinline__ Boxes all_boxes(const DecodeParams& p, Slot slot, int tile) {
   Boxes boxes;
 #pragma unroll
   for (int i = 0; i < kMaxBoxes; ++i) {
-    boxes.page[i] = __shfl_sync(0xffffffffu, pool_page(p, slot), i);
-    boxes.index[i] = __shfl_sync(0xffffffffu, slot.index, i);
+    boxes.page[i] = __shfl_sync(0xffffffffu, pool_page(p, slot), tile * kMaxBoxes + i);
+    boxes.index[i] = __shfl_sync(0xffffffffu, slot.index, tile * kMaxBoxes + i);
   }
   return boxes;
 }
