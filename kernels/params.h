@@ -50,18 +50,8 @@ struct PlanHeader {
   int32_t reserved[2];
 };
 
-// What one CTA computes: pieces [first_piece, end_piece), of each the row block `member` of the bundle.
-struct PlanWorker {
-  int32_t first_piece, end_piece;
-  int32_t member;
-  int32_t pairs;  // of kMergesFirst and kLeavesLast
-};
-// An item in two pieces is a pair, where the pipeline merges pairs: the later group merges what the one before it left.
-constexpr int32_t kMergesFirst = 1;  // the worker's first piece is the later one of a pair
-constexpr int32_t kLeavesLast = 2;   // its last piece is the earlier one
-
 // A range of KV tiles of one item. Row and slot are those of member 0.
-struct Piece {
+struct alignas(16) Piece {
   int32_t request;
   int32_t first_token;  // of the request's query tokens, in the whole query
   int32_t num_tokens;   // query tokens of the request
@@ -70,6 +60,19 @@ struct Piece {
   int32_t first_tile, end_tile;
   int32_t partial_slot;  // -1: the piece is the whole item, its result is final
 };
+
+// What one CTA computes: pieces [first_piece, end_piece), of each the row block `member` of the bundle.
+struct alignas(16) PlanWorker {
+  int32_t first_piece, end_piece;
+  int32_t member;
+  int32_t pairs;       // of kMergesFirst and kLeavesLast
+  int32_t group_size;  // as in PlanHeader
+  int32_t reserved[3];
+  Piece last;  // a copy of the last piece, if there is any: who begins with it reads it with the rest
+};
+// An item in two pieces is a pair, where the pipeline merges pairs: the later group merges what the one before it left.
+constexpr int32_t kMergesFirst = 1;  // the worker's first piece is the later one of a pair
+constexpr int32_t kLeavesLast = 2;   // its last piece is the earlier one
 
 // An item in several pieces, whose partial results the combine kernel merges: that of piece 0 is at first_slot, that of piece i > 0 at
 // second_slot + (i - 1) * slot_step.
@@ -138,6 +141,6 @@ constexpr int kPlanThreads = 512;  // one CTA; the sums over group sizes need mo
 constexpr int kCombineThreads = 256, kCombineCtasPerWorker = 3;  // at most as many as an SM holds
 
 static_assert(sizeof(TensorMap) == 128);
-static_assert(sizeof(PlanHeader) == 48 && sizeof(PlanWorker) == 16 && sizeof(Piece) == 32 && sizeof(SplitItem) == 32);
+static_assert(sizeof(PlanHeader) == 48 && sizeof(PlanWorker) == 64 && sizeof(Piece) == 32 && sizeof(SplitItem) == 32);
 
 }  // namespace mla

@@ -89,7 +89,9 @@ HostPlan make_plan_of_parts(const Lengths& lengths, Shape shape, int32_t num_wor
 
   for (int32_t worker = 0; worker < num_workers; ++worker) {
     const size_t g = static_cast<size_t>(worker / group_size);
-    PlanWorker range{0, 0, worker % group_size, 0};
+    PlanWorker range{};
+    range.member = worker % group_size;
+    range.group_size = group_size;
     if (g + 1 < load.size()) {
       range.first_piece = static_cast<int32_t>(plan.pieces.size());
       if (range.member > 0) range.first_piece = plan.workers.back().first_piece;
@@ -102,6 +104,7 @@ HostPlan make_plan_of_parts(const Lengths& lengths, Shape shape, int32_t num_wor
         }
       }
       range.end_piece = static_cast<int32_t>(plan.pieces.size());
+      if (range.first_piece < range.end_piece) range.last = plan.pieces.back();
     }
     plan.workers.push_back(range);
   }

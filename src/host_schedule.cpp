@@ -51,7 +51,9 @@ HostPlan make_plan(const Lengths& lengths, Shape shape, int32_t num_workers) {
   };
   for (int32_t worker = 0; worker < num_workers; ++worker) {
     const int32_t g = worker / group_size;
-    PlanWorker range{0, 0, worker % group_size, 0};
+    PlanWorker range{};
+    range.member = worker % group_size;
+    range.group_size = group_size;
     if (g < plan.header.num_groups) {
       const int64_t begin = g * plan.header.units_per_group,
                     end = std::min(begin + plan.header.units_per_group, num_units);
@@ -59,6 +61,7 @@ HostPlan make_plan(const Lengths& lengths, Shape shape, int32_t num_workers) {
       range.first_piece = write_piece(first, g);
       range.end_piece = write_piece(last, g) + 1;
       range.pairs = pairs_of(first, last, shape, plan.header, g);
+      range.last = plan.pieces[static_cast<size_t>(range.end_piece) - 1];
       SplitItem split;
       if (range.member == 0 && end < num_units && make_split(item_of_unit(end), shape, plan.header, g, split))
         plan.splits.push_back(split);

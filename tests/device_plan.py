@@ -147,13 +147,6 @@ def host_schedule(
     )
 
 
-class Worker(NamedTuple):
-    first_piece: int
-    end_piece: int
-    member: int
-    pairs: int
-
-
 class Piece(NamedTuple):
     request: int
     first_token: int
@@ -163,6 +156,15 @@ class Piece(NamedTuple):
     first_tile: int
     end_tile: int
     partial_slot: int
+
+
+class Worker(NamedTuple):
+    first_piece: int
+    end_piece: int
+    member: int
+    pairs: int
+    group_size: int
+    last: Piece
 
 
 class Split(NamedTuple):
@@ -206,7 +208,10 @@ class DevicePlan:
         self.batch_invariant = batch_invariant
         self.max_splits = sizes[3] // 8
         self.num_slots = max_partials(batch, shape) if batch_invariant else 2 * workers
-        self.workers = [Worker(*by_worker[i : i + 4]) for i in range(0, len(by_worker), 4)]
+        self.workers = [
+            Worker(*by_worker[i : i + 5], Piece(*by_worker[i + 8 : i + 16]))
+            for i in range(0, len(by_worker), 16)
+        ]
         written = splits[: 8 * self.num_splits]
         self.splits = [Split(*written[i : i + 8]) for i in range(0, len(written), 8)]
         self.pieces = [Piece(*pieces[i : i + 8]) for i in range(0, len(pieces), 8)]
@@ -220,7 +225,7 @@ class DevicePlan:
         """What each worker computes, as the kernels read it and as `_mla.schedule` lists it."""
         block_rows, block_n, _ = self.shape
         found: list[tuple[object, ...]] = []
-        for worker, (first, end, member, _) in enumerate(self.workers):
+        for worker, (first, end, member, *_) in enumerate(self.workers):
             for piece in self.pieces[first:end]:
                 row_block = piece.first_row // block_rows + member
                 if piece.first_tile == piece.end_tile:
@@ -254,6 +259,9 @@ class DevicePlan:
         for number, worker in enumerate(self.workers):
             assert 0 <= worker.first_piece <= worker.end_piece <= len(self.pieces), worker
             assert worker.member in range(size), worker
+            assert worker.group_size == size, worker
+            if worker.first_piece < worker.end_piece:
+                assert worker.last == self.pieces[worker.end_piece - 1], worker
             self.check_pairs(number, worker)
             for piece in self.pieces[worker.first_piece : worker.end_piece]:
                 assert piece.request in requests, piece
@@ -339,7 +347,7 @@ def part_sizes(
 ) -> list[int]:
     """Words of the header, the workers, the pieces, the splits, and what only the planner reads."""
     b, items = len(batch.seq_lens), max_items(batch, shape)
-    fixed = [12, 4 * workers]
+    fixed = [12, 16 * workers]
     if batch_invariant:
         pieces = max(max_partials(batch, shape), items)
         # Two int64 and three int32 for each request, one and two for each worker.

@@ -285,7 +285,7 @@ def test_a_plan_has_room_for_every_piece() -> None:
     params = _mla.DecodeParams()
     params.num_requests, params.s_q, params.h_q, params.num_workers = 5, 2, 40, 7
     variant = GPU_VARIANTS[0]
-    header, worker, split, piece, request = 48, 16, 32, 32, 8 + 4
+    header, worker, split, piece, request = 48, 64, 32, 32, 8 + 4
     row_blocks = -(-2 * 40 // variant["block_rows"])
     fixed = header + 7 * (worker + split) + 6 * request
     assert _mla.plan_bytes(variant["name"], params) == fixed + (5 * row_blocks + 7) * piece

@@ -111,7 +111,7 @@ def test_batch_invariant_workspace_formula(variant: Variant, max_len: int, long_
         pieces = max(slots, row_blocks)
         params = _mla.DecodeParams()
         workspace.set_sizes(params, sizes, 132, max_len)
-        schedule = 48 + 16 * 132 + 32 * pieces + 32 * row_blocks + 28 * 8 + 16 * 133
+        schedule = 48 + 72 * 132 + 32 * pieces + 32 * row_blocks + 28 * 8 + 16 * 133
         assert _mla.plan_bytes(variant.name, params) == schedule
 
 
@@ -126,7 +126,7 @@ def test_schedule_formula(variant: Variant, s_q: int, total_q: int | None) -> No
     if total_q is not None:
         params.total_q, params.cu_seqlens_q = total_q, 1
         row_blocks = -(-total_q * h_q // variant.block_rows) + b
-    expected = 48 + 80 * workers + 32 * row_blocks + 12 * (b + 1)
+    expected = 48 + 136 * workers + 32 * row_blocks + 12 * (b + 1)
     assert _mla.plan_bytes(variant.name, params) == expected
 
 

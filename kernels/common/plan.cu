@@ -73,27 +73,27 @@ extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)
   __syncthreads();  // first_unit and first_item are complete
 
   auto item_at = [&](int64_t unit) { return schedule::item_at(lengths, shape, header, first_unit, unit); };
-  // Requests whose query tokens overlap can make more pieces than there is room for: the rest is left out.
-  auto write_piece = [&](const schedule::Item& item, int g) {
-    const int64_t number = schedule::item_number(item, first_item) + g;
-    if (number < max_pieces) plan.pieces[number] = schedule::make_piece(item, shape, header, g);
-    return number;
-  };
-  auto limit = [&](int64_t number) { return static_cast<int32_t>(min(number, max_pieces)); };
+  auto number_of = [&](const schedule::Item& item, int g) { return schedule::item_number(item, first_item) + g; };
   // The first and the last piece of every group; a piece that is both is written twice, with the same words.
   for (int worker = thread; worker < num_workers; worker += kPlanThreads) {
     const int g = worker / group_size;
-    PlanWorker range{0, 0, worker % group_size, 0};
+    PlanWorker range{};
+    range.member = worker % group_size;
+    range.group_size = group_size;
     if (g < header.num_groups) {
       const int64_t begin = g * header.units_per_group, end = min(begin + header.units_per_group, units_before);
       const schedule::Item first = item_at(begin), last = item_at(end - 1);
-      range.first_piece = limit(write_piece(first, g));
-      const int64_t last_number = write_piece(last, g);
-      range.end_piece = limit(last_number + 1);
-      range.pairs = schedule::pairs_of(first, last, shape, header, g);
-      // Nobody waits for what is left out: the later of a pair has the higher number.
-      if (range.first_piece == max_pieces) range.pairs = 0;
-      if (last_number >= max_pieces) range.pairs &= ~kLeavesLast;
+      const int64_t first_number = number_of(first, g), last_number = number_of(last, g);
+      // Requests whose query tokens overlap can make more pieces than there is room for: groups with such pieces are left out. Nobody
+      // waits for what they would have left, as those behind them are left out too.
+      if (last_number < max_pieces) {
+        range.first_piece = static_cast<int32_t>(first_number);
+        range.end_piece = static_cast<int32_t>(last_number) + 1;
+        range.pairs = schedule::pairs_of(first, last, shape, header, g);
+        range.last = schedule::make_piece(last, shape, header, g);
+        plan.pieces[first_number] = schedule::make_piece(first, shape, header, g);
+        plan.pieces[last_number] = range.last;
+      }
       SplitItem split;
       // In any order: it changes which CTA combines an item, not what it computes.
       if (range.member == 0 && end < units_before && schedule::make_split(item_at(end), shape, header, g, split))
@@ -105,7 +105,8 @@ extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)
   for (int64_t number = thread; number < min(items_before, max_pieces); number += kPlanThreads) {
     const schedule::Item item =
         schedule::numbered_item(lengths, shape, header, first_unit, first_item, static_cast<int32_t>(number));
-    write_piece(item, static_cast<int>(item.begin / header.units_per_group));
+    const int g = static_cast<int>(item.begin / header.units_per_group);
+    if (number + g < max_pieces) plan.pieces[number + g] = schedule::make_piece(item, shape, header, g);
   }
   __syncthreads();  // num_splits is complete
   header.num_splits = num_splits;

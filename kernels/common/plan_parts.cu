@@ -107,7 +107,9 @@ extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)
   const int32_t *longs = memory.first_of_group(parts::kLong), *shorts = memory.first_of_group(parts::kShort);
   for (int worker = thread; worker < num_workers; worker += kPlanThreads) {
     const int g = worker / group_size;
-    PlanWorker range{0, 0, worker % group_size, 0};
+    PlanWorker range{};
+    range.member = worker % group_size;
+    range.group_size = group_size;
     if (g < num_groups) {
       range.first_piece = longs[g] + shorts[g];
       range.end_piece = longs[g + 1] + shorts[g + 1];
@@ -128,7 +130,11 @@ extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)
       if (split < max_items) memory.splits[split] = parts::make_split(part, memory, shape, group_size);
     }
   }
-  __syncthreads();  // num_splits is complete
+  __syncthreads();  // num_splits and the pieces are complete
+  for (int worker = thread; worker < num_workers; worker += kPlanThreads) {
+    PlanWorker& range = plan.workers[worker];
+    if (range.first_piece < range.end_piece) range.last = plan.pieces[range.end_piece - 1];
+  }
   if (thread == 0) {
     PlanHeader header{};
     header.splits_at = schedule::splits_at(max_pieces, num_workers);

@@ -81,7 +81,11 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
   auto worker = [&] {
     uint32_t words[4];
     load_global(words, &plan().workers[blockIdx.x]);
-    return PlanWorker{static_cast<int>(words[0]), static_cast<int>(words[1]), static_cast<int>(words[2]), 0};
+    PlanWorker worker{};
+    worker.first_piece = static_cast<int>(words[0]);
+    worker.end_piece = static_cast<int>(words[1]);
+    worker.member = static_cast<int>(words[2]);
+    return worker;
   };
 
   auto first_row_of = [&](const Piece& piece) { return piece.first_row + worker().member * C::block_rows; };

@@ -43,13 +43,14 @@ __device__ __forceinline__ RowBlock make_row_block(const DecodeParams& p, const 
   return block;
 }
 
-// The worker's next piece from number `index` on, in steps of `step`, or the first number outside its range. Others hold no row block
-// for it, or no tile.
+// Some of a worker's pieces hold no row block for it, or no tile.
+__device__ __forceinline__ bool has_work(const RowBlock& block) { return block.num_rows > 0 && block.num_tiles > 0; }
+
+// The worker's next piece with work from number `index` on, in steps of `step`, or the first number outside its range.
 __device__ __forceinline__ int next_piece(const DecodeParams& p, const Piece* pieces, const PlanWorker& worker,
                                           int index, int step, int block_rows) {
   while (worker.first_piece <= index && index < worker.end_piece) {
-    const RowBlock block = make_row_block(p, pieces[index], worker.member, block_rows);
-    if (block.num_rows > 0 && block.num_tiles > 0) break;
+    if (has_work(make_row_block(p, pieces[index], worker.member, block_rows))) break;
     index += step;
   }
   return warp_uniform(index);

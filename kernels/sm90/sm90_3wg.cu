@@ -119,12 +119,13 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
       if (index >= worker.first_piece) block = make_row_block(p, plan.pieces[index], worker.member, C::block_rows);
       return block;
     };
-    int index = next_piece_at(worker.end_piece - 1);
-    RowBlock block = block_of(index);
+    int index = worker.end_piece - 1;
+    RowBlock block = make_row_block(p, worker.last, worker.member, C::block_rows);
     auto begin_next_piece = [&] {
       index = next_piece_at(index - 1);
       block = block_of(index);
     };
+    if (index < worker.first_piece || !has_work(block)) begin_next_piece();
     // Of the lane's box, in this tile of the piece or in one of the next, or of the lane's row in this tile.
     auto box_slot_at = [&](int tile) { return box_slot(p, block.request, block.first_tile + tile, block.len); };
     auto row_slot_at = [&](int tile) {
@@ -238,10 +239,9 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
     // ---- Q, and what the piece is ----
 
     auto copy_q_of_pieces = [&] {
-      const int group_size = plan.header->group_size;
       for (int parity = 0;; parity ^= 1) {  // of the piece
         const bool more = index >= worker.first_piece;
-        block.group_size = group_size;
+        block.group_size = worker.group_size;
         if (more && index == worker.first_piece) block.pairs |= worker.pairs & kMergesFirst;
         if (more && index == worker.end_piece - 1) block.pairs |= worker.pairs & kLeavesLast;
         mbarrier_wait(q_free, parity ^ 1);  // nobody reads Q any more, nor the block before the last
@@ -262,10 +262,10 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
 
     auto load_other_partial = [&](RingPlace<C> at) {
       const RowBlock block = block_of(worker.first_piece);
-      if (block.num_rows <= 0 || block.num_tiles <= 0) return;
+      if (!has_work(block)) return;
       constexpr int row_tile_bytes = kFragmentRows * C::d_v * static_cast<int>(sizeof(float));
       static_assert(2 * row_tile_bytes <= L::bytes && C::stages >= 2);
-      const int slot = block.partial_slot - plan.header->group_size;  // of the group before
+      const int slot = block.partial_slot - worker.group_size;  // of the group before
       int bytes = (min(block.num_rows, C::block_rows) + kFragmentRows - 1) / kFragmentRows * row_tile_bytes;
       const auto* from = reinterpret_cast<const unsigned char*>(p.o_partial) + int64_t{slot} * 4 * row_tile_bytes;
       if (lane == 0) {
