@@ -139,7 +139,7 @@ class Schedule:
         assert all(units <= self.units_per_group for units in load.values())
 
         overhead = self.tiles(ITEM_OVERHEAD_TOKENS)
-        least = overhead + self.tiles(MIN_GROUP_TOKENS)
+        least = max(self.tiles(MIN_GROUP_TOKENS), overhead + 1)
 
         def share(size: int) -> int:
             return -(-self.total_units(size) // (self.num_workers // size))

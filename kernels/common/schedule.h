@@ -15,7 +15,7 @@ namespace mla::schedule {
 
 // Starting and finishing an item (Q, first KV latency, output) costs about as much as this many KV tokens.
 constexpr int kItemOverheadTokens = 64;
-// A group is given at least this many KV tokens: below it, combining more splits costs more than they save.
+// A group's range is at least this long, overhead included: below it, combining more splits costs more than they save.
 constexpr int kMinGroupTokens = 128;
 constexpr int kMaxGroupSize = 8;
 // Longer requests count as this long, so that the number of a token past the end of the last tile still fits 31 bits.
@@ -94,7 +94,8 @@ MLA_HD PlanHeader make_header(int64_t total_units, int64_t common_units, Shape s
   PlanHeader h{};
   h.group_size = group_size;
   const int64_t groups = num_workers / group_size;
-  const int64_t least = overhead_units(shape) + ceil_div(kMinGroupTokens, shape.block_n);
+  const int64_t least_tiles = ceil_div(kMinGroupTokens, shape.block_n), overhead = overhead_units(shape);
+  const int64_t least = least_tiles > overhead ? least_tiles : overhead + 1;
   const int64_t even = ceil_div(total_units, groups);
   h.units_per_group = even > least ? even : least;
   if (common_units > 0) {
