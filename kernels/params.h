@@ -47,7 +47,8 @@ struct PlanHeader {
   int32_t group_size;       // workers side by side on the same KV, one row block each
   int32_t num_splits;       // valid SplitItems
   int32_t batch_invariant;  // what is added to what, and in which order, depends on each request alone
-  int32_t reserved[2];
+  int32_t overhead;         // units of an item ahead of its tokens
+  int32_t reserved;
 };
 
 // A range of KV tiles of one item. Row and slot are those of member 0.

@@ -88,24 +88,26 @@ MLA_HD int32_t best_group_size(const int64_t* units, int32_t max_row_blocks, int
 
 // How the line of all items is cut: into equal ranges, or, where all items are equally long (`common_units` > 0) and it makes the
 // ranges hardly longer, so that cuts and items fall together: a group then computes whole items, or one part of an item, and no
-// group pays for two partial results.
+// group pays for two partial results. Parts are equal without the overhead, which every group has once.
 MLA_HD PlanHeader make_header(int64_t total_units, int64_t common_units, Shape shape, int32_t group_size,
                               int32_t num_workers) {
   PlanHeader h{};
   h.group_size = group_size;
   const int64_t groups = num_workers / group_size;
-  const int64_t least_tiles = ceil_div(kMinGroupTokens, shape.block_n), overhead = overhead_units(shape);
-  const int64_t least = least_tiles > overhead ? least_tiles : overhead + 1;
+  h.overhead = overhead_units(shape);
+  const int64_t least_tiles = ceil_div(kMinGroupTokens, shape.block_n);
+  const int64_t least = least_tiles > h.overhead ? least_tiles : h.overhead + 1;
   const int64_t even = ceil_div(total_units, groups);
   h.units_per_group = even > least ? even : least;
   if (common_units > 0) {
-    const int64_t items = total_units / common_units;
-    const int64_t parts = items < groups ? clamp<int64_t>(groups / items, 1, ceil_div(common_units, least)) : 1;
-    const int64_t part = ceil_div(common_units, parts);
-    const int64_t aligned = items < groups ? part : ceil_div(items, groups) * common_units;
-    if (aligned <= h.units_per_group + h.units_per_group / kAlignmentShare + overhead_units(shape)) {
-      h.units_per_group = aligned;
-      h.item_span = ceil_div(common_units, part) * part;
+    const int64_t items = total_units / common_units, tiles = common_units - h.overhead;
+    const int64_t parts = clamp<int64_t>(groups / items, 1, ceil_div(tiles, least_tiles));
+    const int64_t part = ceil_div(tiles, parts);  // of one item
+    const int64_t longest = parts > 1 ? part + h.overhead : ceil_div(items, groups) * common_units;
+    if (longest <= h.units_per_group + h.units_per_group / kAlignmentShare + h.overhead) {
+      if (parts > 1) h.overhead = 0;
+      h.units_per_group = parts > 1 ? part : longest;
+      h.item_span = parts > 1 ? ceil_div(tiles, part) * part : common_units;
       total_units = items * h.item_span;
     }
   }
@@ -139,7 +141,7 @@ MLA_HD Item make_item(const Lengths& lengths, Shape shape, const PlanHeader& pla
   item.request = request;
   item.bundle = static_cast<int32_t>(bundle);
   item.info = request_at(lengths, shape, request);
-  item.units = item_units(item.info, shape);
+  item.units = item_units(item.info, shape) - overhead_units(shape) + plan.overhead;
   item.begin = first_unit[request] + bundle * (plan.item_span > 0 ? plan.item_span : item.units);
   return item;
 }
@@ -159,7 +161,7 @@ MLA_HD int64_t item_number(const Item& item, const int32_t* first_item) {
 }
 
 // The units that carry an item's tokens, without the overhead before them.
-MLA_HD int64_t first_token_unit(const Item& item, Shape shape) { return item.begin + overhead_units(shape); }
+MLA_HD int64_t first_token_unit(const Item& item, const PlanHeader& plan) { return item.begin + plan.overhead; }
 MLA_HD int64_t end_unit(const Item& item) { return item.begin + item.units; }
 
 // Where partial results go: a group has at most one piece that continues an item and one that begins one.
@@ -169,7 +171,7 @@ MLA_HD int32_t partial_slot(int32_t group, int32_t group_size, bool begins_item)
 
 // What group `g` computes of an item; no tiles if only its overhead falls to the group.
 MLA_HD Piece make_piece(const Item& item, Shape shape, const PlanHeader& plan, int32_t g) {
-  const int64_t from = first_token_unit(item, shape), to = end_unit(item);
+  const int64_t from = first_token_unit(item, plan), to = end_unit(item);
   const int64_t low = clamp<int64_t>(g * plan.units_per_group, from, to);
   const int64_t high = clamp<int64_t>((g + 1) * plan.units_per_group, from, to);
   Piece piece;
@@ -187,7 +189,7 @@ MLA_HD Piece make_piece(const Item& item, Shape shape, const PlanHeader& plan, i
 // PlanWorker::pairs of the workers of group `g`, whose first and last units are those of these items.
 MLA_HD int32_t pairs_of(const Item& first, const Item& last, Shape shape, const PlanHeader& plan, int32_t g) {
   if (!shape.merges_pairs) return 0;
-  auto first_group = [&](const Item& item) { return first_token_unit(item, shape) / plan.units_per_group; };
+  auto first_group = [&](const Item& item) { return first_token_unit(item, plan) / plan.units_per_group; };
   auto last_group = [&](const Item& item) { return (end_unit(item) - 1) / plan.units_per_group; };
   int32_t pairs = 0;
   if (first_group(first) == g - 1 && last_group(first) == g) pairs |= kMergesFirst;
@@ -199,7 +201,7 @@ MLA_HD int32_t pairs_of(const Item& first, const Item& last, Shape shape, const 
 // the unit at which the next group begins: no other item can.
 MLA_HD bool make_split(const Item& item, Shape shape, const PlanHeader& plan, int32_t g, SplitItem& split) {
   const int64_t begin = g * plan.units_per_group, end = begin + plan.units_per_group;
-  const int64_t from = first_token_unit(item, shape);
+  const int64_t from = first_token_unit(item, plan);
   if (from < begin || from >= end || end_unit(item) <= end) return false;
   const int32_t last_group = static_cast<int32_t>((end_unit(item) - 1) / plan.units_per_group);
   if (shape.merges_pairs && last_group == g + 1) return false;
