@@ -5,12 +5,14 @@
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
 
+#include "bind_calls.h"
 #include "bind_params.h"
 #include "driver.h"
 #include "host_schedule.h"
 #include "images.h"
 #include "launch.h"
 #include "registry.h"
+#include "workspace.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -19,12 +21,6 @@ namespace mla {
 namespace {
 
 nb::str to_str(std::string_view text) { return nb::str(text.data(), text.size()); }
-
-Dtype to_dtype(std::string_view name) {
-  if (name == "bfloat16") return Dtype::bf16;
-  if (name == "float16") return Dtype::fp16;
-  throw std::out_of_range("no kernel computes in " + std::string(name));
-}
 
 // ---- What this build is ----
 
@@ -43,8 +39,8 @@ using Record = nb::typed<nb::dict, nb::str, nb::any>;
 
 Record describe(const Variant& variant) {
   nb::list dtypes;
-  if (variant.bf16) dtypes.append("bfloat16");
-  if (variant.fp16) dtypes.append("float16");
+  if (variant.bf16) dtypes.append(to_str(name_of(Dtype::bf16)));
+  if (variant.fp16) dtypes.append(to_str(name_of(Dtype::fp16)));
   nb::dict row;
   row["name"] = to_str(variant.name);
   row["pipeline"] = to_str(variant.pipeline);
@@ -149,11 +145,13 @@ NB_MODULE(_mla, m) {
   m.doc() = "Kernel images, their launches and the table of variants. Importing it does not touch the driver.";
   bind_errors(m);
   bind_params(m);
+  bind_calls(m);
 
   m.attr("ITEM_OVERHEAD_TOKENS") = schedule::kItemOverheadTokens;
   m.attr("MIN_GROUP_TOKENS") = schedule::kMinGroupTokens;
   m.attr("MIN_BOX_ROWS") = kMinBoxRows;
   m.attr("MAX_LEN") = schedule::kMaxLen;
+  m.attr("SCHEDULE_ALIGNMENT") = kScheduleAlignment;
 
   m.def("build_info", &build_info,
         "Version of the package, of nvcc and of ptxas, where they came from, and the oldest driver that loads the "
@@ -194,7 +192,7 @@ NB_MODULE(_mla, m) {
   m.def(
       "launch_decode",
       [](std::string_view variant, std::string_view dtype, const DecodeParams& params, int device, uintptr_t stream) {
-        launch_decode(find_variant(variant), to_dtype(dtype), params, device, stream);
+        launch_decode(find_variant(variant), find_dtype(dtype), params, device, stream);
       },
       "variant"_a, "dtype"_a, "params"_a, "device"_a, "stream"_a,
       "Runs the variant's kernel by params.plan, then combines what was split.");

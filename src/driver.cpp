@@ -131,6 +131,13 @@ int compute_capability(int device) {
   return capability;
 }
 
+bool capturing(int device, uintptr_t stream) {
+  const ContextGuard guard(device);  // the default stream is that of the current context
+  CUstreamCaptureStatus status;
+  driver().cuStreamIsCapturing(reinterpret_cast<CUstream>(stream), &status);
+  return status != CU_STREAM_CAPTURE_STATUS_NONE;
+}
+
 ContextGuard::ContextGuard(int device) {
   const CUcontext wanted = primary_context(device);
   CUcontext current = nullptr;

@@ -3,6 +3,7 @@
 
 #include <cuda.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -51,6 +52,7 @@ struct DriverCall<CUresult(Args...)> {
   X(cuCtxGetCurrent, 4000)          \
   X(cuCtxPushCurrent, 4000)         \
   X(cuCtxPopCurrent, 4000)          \
+  X(cuStreamIsCapturing, 10000)     \
   X(cuLibraryLoadData, 12000)       \
   X(cuLibraryGetKernel, 12000)      \
   X(cuKernelGetFunction, 12000)     \
@@ -78,6 +80,9 @@ int driver_version();
 
 // Of a device, as 90 for 9.0.
 int compute_capability(int device);
+
+// Whether a stream is being captured into a graph.
+bool capturing(int device, uintptr_t stream);
 
 // Makes the primary context of a device, which is PyTorch's too, current for the life of the guard. A thread that has
 // launched nothing yet has no current context, and one that works on another device has another.

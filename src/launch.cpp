@@ -22,9 +22,8 @@ const Kernel& decode_kernel(const Variant& variant, Dtype dtype, int device) {
 // Programmatic dependent launch: a kernel may start while the one before still runs, and waits for its results by itself.
 bool overlaps_launches(int device) { return compute_capability(device) >= 90; }
 
-const Kernel& combine_kernel(const Variant& variant, Dtype dtype, int device) {
-  return get_kernel(overlaps_launches(device) ? "combine_sm90" : "combine_sm80", combine_entry(variant, dtype), device,
-                    Occupancy::any);
+const Kernel& combine_kernel(const Variant& variant, Dtype dtype, int device, bool overlaps) {
+  return get_kernel(overlaps ? "combine_sm90" : "combine_sm80", combine_entry(variant, dtype), device, Occupancy::any);
 }
 
 enum class Start { after_kernel_before, beside_kernel_before };
@@ -68,9 +67,9 @@ void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& give
   const unsigned workers = static_cast<unsigned>(params.num_workers);
   launch(decode_kernel(variant, dtype, device), workers, 32 * static_cast<unsigned>(variant.warps), stream,
          Start::after_kernel_before, params);
-  launch(combine_kernel(variant, dtype, device), kCombineCtasPerWorker * workers, kCombineThreads, stream,
-         overlaps_launches(device) ? Start::beside_kernel_before : Start::after_kernel_before, params,
-         shape_of(variant));
+  const bool overlaps = overlaps_launches(device);
+  launch(combine_kernel(variant, dtype, device, overlaps), kCombineCtasPerWorker * workers, kCombineThreads, stream,
+         overlaps ? Start::beside_kernel_before : Start::after_kernel_before, params, shape_of(variant));
 }
 
 void preload(const Variant& variant, int device) {
@@ -79,7 +78,7 @@ void preload(const Variant& variant, int device) {
   for (const Dtype dtype : kDtypes) {
     if (!(dtype == Dtype::bf16 ? variant.bf16 : variant.fp16)) continue;
     load_now(decode_kernel(variant, dtype, device));
-    load_now(combine_kernel(variant, dtype, device));
+    load_now(combine_kernel(variant, dtype, device, overlaps_launches(device)));
   }
 }
 

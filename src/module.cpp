@@ -2,9 +2,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <mutex>
-#include <utility>
+#include <string>
 
 #include "images.h"
 
@@ -36,21 +37,22 @@ unsigned smem_for_one_block(int needed, CUdevice device) {
 
 }  // namespace
 
-const Kernel& get_kernel(std::string_view image, const std::string& entry, int device, Occupancy occupancy,
+const Kernel& get_kernel(std::string_view image, std::string_view entry, int device, Occupancy occupancy,
                          int smem_bytes) {
   static std::mutex mutex;
   static std::map<std::string_view, CUlibrary> libraries;
-  static std::map<std::pair<int, std::string>, Kernel> kernels;
+  static std::map<int, std::map<std::string, Kernel, std::less<>>> by_device;
   const std::lock_guard<std::mutex> lock(mutex);
 
-  if (const auto found = kernels.find({device, entry}); found != kernels.end()) return found->second;
+  auto& kernels = by_device[device];
+  if (const auto found = kernels.find(entry); found != kernels.end()) return found->second;
 
   const Image& source = find_image(image);
   auto library = libraries.find(source.name);
   if (library == libraries.end()) library = libraries.emplace(source.name, load_library(source)).first;
 
   Kernel kernel{};
-  driver().cuLibraryGetKernel(&kernel.handle, library->second, entry.c_str());
+  driver().cuLibraryGetKernel(&kernel.handle, library->second, std::string(entry).c_str());
   if (occupancy == Occupancy::one_block_per_sm) {
     CUdevice handle;
     driver().cuDeviceGet(&handle, device);
@@ -58,7 +60,7 @@ const Kernel& get_kernel(std::string_view image, const std::string& entry, int d
     driver().cuKernelSetAttribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, static_cast<int>(kernel.smem_bytes),
                                   kernel.handle, handle);
   }
-  return kernels.emplace(std::make_pair(device, entry), kernel).first->second;
+  return kernels.emplace(entry, kernel).first->second;
 }
 
 void load_now(const Kernel& kernel) {

@@ -1,7 +1,6 @@
 // Kernels, loaded from the embedded images when first needed and kept for the life of the process.
 #pragma once
 
-#include <string>
 #include <string_view>
 
 #include "driver.h"
@@ -20,7 +19,7 @@ enum class Occupancy {
 };
 
 // The entry point of an image, ready to be launched on a device. Safe to call from any thread.
-const Kernel& get_kernel(std::string_view image, const std::string& entry, int device, Occupancy occupancy,
+const Kernel& get_kernel(std::string_view image, std::string_view entry, int device, Occupancy occupancy,
                          int smem_bytes = 0);
 
 // Brings the kernel's machine code into the device's context, which otherwise happens at its first launch.

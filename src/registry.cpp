@@ -1,5 +1,6 @@
 #include "registry.h"
 
+#include <array>
 #include <iterator>
 #include <stdexcept>
 
@@ -82,9 +83,33 @@ static_assert(names_are_unique());
 #undef MLA_VARIANT
 #undef MLA_HOST_VARIANT
 
-const char* suffix(Dtype dtype) { return dtype == Dtype::bf16 ? "_bf16" : "_fp16"; }
+struct Entries {
+  std::string decode, combine;
+};
+
+// Made once, as they are looked up at each launch.
+const Entries& entries_of(const Variant& variant, Dtype dtype) {
+  using All = std::array<std::array<Entries, std::size(kDtypes)>, kNumVariants>;
+  static const All all = [] {
+    All made;
+    for (size_t i = 0; i < kNumVariants; ++i)
+      for (const Dtype of : kDtypes) {
+        const std::string suffix = of == Dtype::bf16 ? "_bf16" : "_fp16";
+        made[i][static_cast<size_t>(of)] = {"mla_" + std::string(kVariants[i].name) + suffix,
+                                            "mla_combine" + suffix + "_v" + std::to_string(kVariants[i].d_v)};
+      }
+    return made;
+  }();
+  return all[static_cast<size_t>(&variant - kVariants)][static_cast<size_t>(dtype)];
+}
 
 }  // namespace
+
+Dtype find_dtype(std::string_view name) {
+  for (const Dtype dtype : kDtypes)
+    if (name_of(dtype) == name) return dtype;
+  throw std::out_of_range("no kernel computes in " + std::string(name));
+}
 
 const Variant& find_variant(std::string_view name) {
   for (const Variant& variant : kVariants)
@@ -92,12 +117,8 @@ const Variant& find_variant(std::string_view name) {
   throw std::out_of_range("no GPU variant has the name " + std::string(name));
 }
 
-std::string decode_entry(const Variant& variant, Dtype dtype) {
-  return "mla_" + std::string(variant.name) + suffix(dtype);
-}
+const std::string& decode_entry(const Variant& variant, Dtype dtype) { return entries_of(variant, dtype).decode; }
 
-std::string combine_entry(const Variant& variant, Dtype dtype) {
-  return "mla_combine" + std::string(suffix(dtype)) + "_v" + std::to_string(variant.d_v);
-}
+const std::string& combine_entry(const Variant& variant, Dtype dtype) { return entries_of(variant, dtype).combine; }
 
 }  // namespace mla

@@ -10,6 +10,10 @@ namespace mla {
 enum class Dtype { bf16, fp16 };
 constexpr Dtype kDtypes[] = {Dtype::bf16, Dtype::fp16};
 
+// As torch calls them. Throws std::out_of_range.
+Dtype find_dtype(std::string_view name);
+constexpr std::string_view name_of(Dtype dtype) { return dtype == Dtype::bf16 ? "bfloat16" : "float16"; }
+
 struct Variant {
   std::string_view name, pipeline;
   bool bf16, fp16;
@@ -37,8 +41,8 @@ extern const size_t kNumVariants;
 const Variant& find_variant(std::string_view name);
 
 // Names of entry points.
-std::string decode_entry(const Variant& variant, Dtype dtype);
-std::string combine_entry(const Variant& variant, Dtype dtype);
+const std::string& decode_entry(const Variant& variant, Dtype dtype);
+const std::string& combine_entry(const Variant& variant, Dtype dtype);
 constexpr const char* kPlanEntry = "mla_plan";
 constexpr const char* kPlanPartsEntry = "mla_plan_parts";
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from mla import log
+from mla.device import Device, by_name
 
 # Small operations: threads that wait for each other cost more than they give.
 torch.set_num_threads(1)
@@ -74,3 +76,30 @@ def run(fake_driver: Path, tmp_path: Path) -> Any:
     from fake_driver import run_script
 
     return partial(run_script, driver=fake_driver, log=tmp_path / "log")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Device:
+    """Lets CPU tensors pass for those of an A100."""
+    from recording import STREAM, set_device, set_stream
+
+    a100 = by_name("A100")
+    assert a100 is not None
+    set_device(monkeypatch, a100)
+    set_stream(monkeypatch, STREAM)
+    return a100
+
+
+@pytest.fixture
+def captured() -> list[int]:
+    """Streams that are being captured, where launches are recorded."""
+    return []
+
+
+@pytest.fixture
+def launches(gpu: Device, captured: list[int]) -> Iterator[Any]:
+    """Launches, recorded instead of done."""
+    from recording import recorded
+
+    with recorded(captured) as seen:
+        yield seen

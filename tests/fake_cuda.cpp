@@ -4,6 +4,7 @@
 //   FAKE_CUDA_VERSION   what cuDriverGetVersion says (default 12000)
 //   FAKE_CUDA_FAIL      "<call>=<code>": that call fails
 //   FAKE_CUDA_LACKS     a call that it does not have
+//   FAKE_CUDA_CAPTURING 1: streams are being captured
 //   FAKE_CUDA_SMEM      "<bytes per SM>,<bytes per block, opt-in>" (default: those of an H100)
 #include <cuda.h>
 
@@ -180,6 +181,12 @@ CUresult fake_cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type,
   for (cuuint64_t& word : map->opaque) word = number;
   return CUDA_SUCCESS;
 }
+CUresult fake_cuStreamIsCapturing(CUstream, CUstreamCaptureStatus* status) {
+  if (current_device() < 0) return CUDA_ERROR_INVALID_CONTEXT;
+  const char* given = getenv("FAKE_CUDA_CAPTURING");
+  *status = given && atoi(given) ? CU_STREAM_CAPTURE_STATUS_ACTIVE : CU_STREAM_CAPTURE_STATUS_NONE;
+  return CUDA_SUCCESS;
+}
 CUresult fake_cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** parameters, void**) {
   const FakeKernel& kernel = *reinterpret_cast<FakeKernel*>(function);
   const int device = current_device();
@@ -237,6 +244,7 @@ extern "C" CUresult cuGetProcAddress_v2(const char* name, void** address, int, c
   FAKE(cuCtxGetCurrent)
   FAKE(cuCtxPushCurrent)
   FAKE(cuCtxPopCurrent)
+  FAKE(cuStreamIsCapturing)
   FAKE(cuLibraryLoadData)
   FAKE(cuLibraryGetKernel)
   FAKE(cuKernelGetFunction)

@@ -137,12 +137,22 @@ p.num_workers = {WORKERS}
 """
 
 
-def run_script(script: str, driver: Path, log: Path, **env: str) -> Done:
+# The package, for which CPU tensors are those of an H200.
+AS_H200 = """
+import json, torch
+import mla, mla.device
+from mla import _mla
+mla.device.CPU = mla.device.by_name("H200")
+torch._C._cuda_getCurrentRawStream = {0: 77}.__getitem__  # by the device's number
+"""
+
+
+def run_script(script: str, driver: Path, log: Path, prologue: str = PROLOGUE, **env: str) -> Done:
     """Runs a script in which `_mla` is the extension; `driver` is the folder of libcuda.so.1."""
     log.write_text("")
     paths = {"LD_LIBRARY_PATH": str(driver), "FAKE_CUDA_LOG": str(log)}
     done = subprocess.run(
-        [sys.executable, "-c", PROLOGUE + script],
+        [sys.executable, "-c", prologue + script],
         capture_output=True,
         text=True,
         check=False,

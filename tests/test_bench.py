@@ -7,11 +7,13 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mla
 import pytest
 import torch
 from command_line import Output, command
+from fake_driver import AS_H200
 from mla.cli import cases, check, floors, plot, results, timing
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -234,3 +236,60 @@ def test_recorded_cases(name: str, count: int) -> None:
         floor_us = case.recorded_floor_us
         assert floor_us is not None
         assert 0.7 < FLOORS.case_us(case.io_bytes, case.flop) / floor_us < 1.1
+
+
+HOST_CALLS = [
+    "outputs given",
+    "outputs given, with a plan",
+    "outputs made",
+    "outputs made, with a plan",
+    "first of a shape",
+    "first of a shape, with a plan",
+    "plan.update",
+    "mla.plan",
+]
+
+
+def test_host_times_each_kind_of_call(tmp_path: Path, capsys: Output) -> None:
+    target = tmp_path / "host.json"
+    assert command(f"bench --host --device cpu --repeat 1 --dims 320/256 --json {target}") == 0
+    timed = json.loads(target.read_text())
+    assert list(timed) == HOST_CALLS
+    assert min(timed.values()) > 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in timed)
+
+
+def test_host_calls_are_what_they_are_called(run: Any) -> None:
+    """As on a GPU: which of them are prepared, and what each launches."""
+    script = """
+from argparse import Namespace
+from mla.cli.host import host_calls
+args = Namespace(dims=(576, 512), dtype=None, page_size=None, variant=None, batch_invariant=False)
+def told(call, first):
+    before = _mla.num_prepared()
+    for i in range(first, first + 3):
+        call(i)
+    return _mla.num_prepared() - before
+for each in host_calls(args, torch.device("cpu"), 6):
+    told(each.call, 0)
+    torch._C._cuda_getCurrentRawStream = {0: 1000 + len(each.name)}.__getitem__
+    print(each.name, told(each.call, 3), sep="|")
+    torch._C._cuda_getCurrentRawStream = {0: 77}.__getitem__
+"""
+    done = run(script, prologue=AS_H200)
+    new = dict(line.split("|") for line in done.printed.splitlines())
+    assert list(new) == HOST_CALLS
+    assert {name for name, count in new.items() if count != "0"} == set(HOST_CALLS[4:6])
+    for name in new:
+        kernels = [x["kernel"] for x in done.named("launch") if x["stream"] == 1000 + len(name)]
+        plans = 0 if "with a plan" in name else 3
+        decodes = 0 if name in HOST_CALLS[6:] else 3
+        assert kernels.count("mla_plan") == plans, name
+        assert len(kernels) == plans + 2 * decodes, name
+
+
+@pytest.mark.parametrize("options", ["--variant sm80 --variant cpu", "--plot x.png", "--dims 1/1"])
+def test_host_refuses_what_it_does_not_do(options: str, capsys: Output) -> None:
+    assert command(f"bench --host --device cpu {options}") == 2
+    assert "mla bench: --" in capsys.readouterr().err

@@ -9,10 +9,13 @@ import logging
 import re
 import threading
 from dataclasses import replace
+from typing import Any
 
 import mla
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mla import _mla, device, dispatch, estimate
 from mla.device import CPU, Device, by_name
 from mla.problem import Problem
@@ -67,6 +70,7 @@ def problem(
     dtype: torch.dtype = torch.bfloat16,
     page_size: int = 64,
     total_q: int | None = None,
+    batch_invariant: bool = False,
 ) -> Problem:
     max_pages = -(-kv_len // page_size)
     return Problem.from_sizes(
@@ -78,6 +82,7 @@ def problem(
         dtype=dtype,
         page_size=page_size,
         max_pages=max_pages,
+        batch_invariant=batch_invariant,
     )
 
 
@@ -164,6 +169,34 @@ class TestGolden:
         rivals = [v for v in VARIANTS if v.name in choice.estimates and v.block_rows == 64]
         assert len({choice.estimates[v.name] for v in rivals}) == 1
         assert choice.variant is rivals[0]
+
+
+class TestChoosing:
+    """`choose` goes a shorter way than `weigh`, which explains; both end at the same variant."""
+
+    @settings(deadline=None)
+    @given(
+        name=st.sampled_from([*GPUS, "cpu"]),
+        force=st.sampled_from([None, *dict.fromkeys(v.pipeline for v in VARIANTS)]),
+        b=st.integers(0, 300),
+        s_q=st.integers(0, 9),
+        h_q=st.integers(1, 200),
+        kv_len=st.integers(0, 10**6),
+        d_qk=st.sampled_from(D_QK),
+        dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+        page_size=st.sampled_from([1, 3, 16, 64]),
+        total_q=st.none() | st.integers(0, 300),
+        batch_invariant=st.booleans(),
+    )
+    def test_as_explained(self, name: str, force: str | None, **sizes: Any) -> None:
+        asked, where = problem(**sizes), CPU if name == "cpu" else gpu(name)
+        request = dispatch.forced(force)
+        explained = dispatch.weigh(asked, where, request).variant
+        if explained is None:
+            with pytest.raises(mla.UnsupportedError):
+                dispatch.choose(asked, where, request)
+        else:
+            assert dispatch.choose(asked, where, request) is explained
 
 
 class TestForcing:
@@ -321,7 +354,7 @@ class TestRefusals:
 
     def test_limits_that_no_row_has_yet(self) -> None:
         row = replace(VARIANTS[0], dtypes=("float16",), page_multiple=64, min_sm=90, exact_sm=True)
-        reasons = row.unsupported(problem(d_qk=row.d_qk, page_size=16), gpu("RTX 5090"))
+        reasons = row.unsupported(problem(d_qk=row.d_qk, page_size=16).kind, gpu("RTX 5090"))
         assert "needs sm_90, the GPU is sm_120" in reasons
         assert "has float16, not bfloat16" in reasons
         assert "needs pages of a multiple of 64 tokens, not 16" in reasons

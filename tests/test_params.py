@@ -7,63 +7,18 @@ would form can be looked up.
 from __future__ import annotations
 
 import math
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import mla
 import pytest
 import torch
 from cases import Case, Inputs, make_problem
-from mla import _mla, api, launch, workspace
-from mla.device import Device, by_name
+from mla import _mla, launch, workspace
+from mla.device import Device
+from recording import STREAM, Launch, set_stream
 from running import plan_for
 from torch import Tensor
-
-STREAM = 77
-FIELDS = [name for name in dir(_mla.DecodeParams) if not name.startswith("_")]
-
-
-@dataclass
-class Launch:
-    kind: str  # "plan" or "decode"
-    variant: str
-    dtype: str
-    stream: int
-    params: dict[str, Any]  # as they were
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Device:
-    """Lets CPU tensors pass for those of an A100."""
-    a100 = by_name("A100")
-    assert a100 is not None
-    monkeypatch.setattr(api, "facts", lambda device: a100)
-    monkeypatch.setattr(sys.modules["mla.plan"], "facts", lambda device: a100)
-    monkeypatch.setattr(launch, "stream_of", lambda device: STREAM)
-    monkeypatch.setattr(launch, "capturing", lambda device: False)
-    monkeypatch.setattr(workspace, "_kept", type(workspace._kept)(workspace.Workspace))
-    return a100
-
-
-@pytest.fixture
-def launches(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
-    seen: list[Launch] = []
-
-    def snapshot(params: _mla.DecodeParams) -> dict[str, Any]:
-        return {name: getattr(params, name) for name in FIELDS}
-
-    def launch_plan(variant: str, params: _mla.DecodeParams, device: int, stream: int) -> None:
-        seen.append(Launch("plan", variant, "", stream, snapshot(params)))
-
-    def launch_decode(
-        variant: str, dtype: str, params: _mla.DecodeParams, device: int, stream: int
-    ) -> None:
-        seen.append(Launch("decode", variant, dtype, stream, snapshot(params)))
-
-    monkeypatch.setattr(_mla, "launch_plan", launch_plan)
-    monkeypatch.setattr(_mla, "launch_decode", launch_decode)
-    return seen
 
 
 def rows_of(p: dict[str, Any], name: str, itemsize: int, index: tuple[int, int, int]) -> int:
@@ -202,15 +157,15 @@ class TestWorkspace:
         self, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         mla.decode(**call().kwargs())
-        monkeypatch.setattr(launch, "stream_of", lambda device: STREAM + 1)
+        set_stream(monkeypatch, STREAM + 1)
         mla.decode(**call().kwargs())
         assert [kept["stream"] for kept in workspace.sizes()] == [STREAM, STREAM + 1]
         assert launches[1].params["plan"] != launches[3].params["plan"]
 
     def test_a_captured_graph_has_its_own(
-        self, launches: list[Launch], monkeypatch: pytest.MonkeyPatch
+        self, launches: list[Launch], captured: list[int]
     ) -> None:
-        monkeypatch.setattr(launch, "capturing", lambda device: True)
+        captured.append(STREAM)
         mla.decode(**call().kwargs())
         assert len(launches) == 2
         assert workspace.sizes() == []
@@ -232,6 +187,37 @@ class TestWorkspace:
         assert launches[-1].params["o_partial"] == mine.data_ptr()
         with pytest.raises(ValueError, match=f"^workspace: got {smaller - 1} bytes, expected"):
             mla.decode(**inputs.kwargs(), workspace=mine[: smaller - 1], plan=plan)
+
+    @pytest.mark.parametrize("plan_pages", [None, 40, 400])
+    def test_of_a_batch_invariant_call(
+        self, plan_pages: int | None, launches: list[Launch]
+    ) -> None:
+        """It has room for what was planned, whatever the block table reaches."""
+        inputs = call(Case((5000, 70), h_q=16, page_size=64))
+        mode = {"batch_invariant": True, "variant": "sm80"}
+        plan = plan_pages and plan_for(inputs, max_pages=plan_pages, **mode)
+        mla.decode(**inputs.kwargs(), **mode, plan=plan)
+        p = launches[-1].params
+        assert p["batch_invariant"] == 1
+        reach = inputs.block_table.shape[1] * 64
+        planned = reach if plan_pages is None else plan_pages * 64
+        assert p["max_len"] == min(planned, reach)
+        row = next(v for v in mla.variants() if v.name == launches[-1].variant)
+        sizes = _mla.DecodeParams()
+        sizes.num_requests, sizes.s_q, sizes.total_q, sizes.h_q = 2, 1, 2, 16
+        sizes.num_workers, sizes.max_len, sizes.batch_invariant = 108, planned, 1
+        slots = _mla.partial_slots(row.name, sizes)
+        assert slots > 0
+        assert p["lse2_partial"] - p["o_partial"] == slots * row.block_rows * row.d_v * 4
+        (kept,) = workspace.sizes()
+        base = p["plan"] if plan is None else p["o_partial"]
+        assert base + kept["bytes"] - p["lse2_partial"] == slots * row.block_rows * 4
+        short = torch.empty(kept["bytes"] - 1, dtype=torch.uint8)
+        with pytest.raises(ValueError, match=f"expected at least {kept['bytes']}"):
+            mla.decode(**inputs.kwargs(), **mode, plan=plan, workspace=short)
+        written = launches[0]
+        assert (written.kind, written.params["max_len"]) == ("plan", planned)
+        assert written.params["batch_invariant"] == 1
 
 
 class TestPlan:
@@ -295,10 +281,14 @@ def test_validation_is_off_while_capturing(
     launches: list[Launch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLA_VALIDATE", "1")
+    monkeypatch.setattr(launch, "capturing", lambda device: False)
     bad = call().kwargs() | {"seq_lens": torch.tensor([-1, 0, 0], dtype=torch.int32)}
     with pytest.raises(ValueError, match=r"^seq_lens\[0\]: got -1"):
         mla.decode(**bad)
     assert launches == []
+    monkeypatch.setattr(launch, "capturing", lambda device: True)
+    mla.decode(**bad)
+    assert launches
 
 
 def test_strides_of_a_mixed_pair(launches: list[Launch]) -> None:

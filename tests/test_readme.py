@@ -14,6 +14,7 @@ from pathlib import Path
 
 import mla
 import pytest
+from mla import _mla
 from mla.support_table import support_table
 
 ROOT = Path(__file__).parents[1]
@@ -107,10 +108,11 @@ def test_examples_run() -> None:
 def test_environment_variables_are_those_read() -> None:
     row = r"^\| `(MLA_\w+)` \| (at run time|by the build) \|"
     named = dict(re.findall(row, README, re.MULTILINE))
+    package = [Path(_mla.__file__), *Path(mla.__file__).parent.rglob("*.py")]
     read = {
-        name
-        for path in Path(mla.__file__).parent.rglob("*.py")
-        for name in re.findall(r"""["'](MLA_[A-Z]\w*)["']""", path.read_text(encoding="utf-8"))
+        name.decode()
+        for path in package
+        for name in re.findall(rb"""["'\0](MLA_[A-Z]\w*)(?=["'\0])""", path.read_bytes())
     }
     assert {name for name in named if named[name] == "at run time"} == read
     assert {name for name in named if named[name] == "by the build"} == {"MLA_SYSTEM_CUDA"}

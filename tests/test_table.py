@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import mla
 import pytest
 import torch
-from mla import _mla, workspace
+from mla import _mla, launch, workspace
 from mla.checks import D_V, DTYPES
 from mla.problem import Problem
 from mla.variants import VARIANTS, Variant
@@ -99,7 +98,7 @@ def test_workspace_formula(variant: Variant) -> None:
 def test_batch_invariant_workspace_formula(variant: Variant, max_len: int, long_parts: int) -> None:
     """What python/mla/workspace.py documents, uniform and ragged."""
     for ragged in (False, True):
-        sizes = replace(SIZES, batch_invariant=True, ragged=ragged)
+        sizes = SIZES._replace(batch_invariant=True, ragged=ragged)
         row_blocks = 7 * -(-SIZES.h_q // variant.block_rows)
         if ragged:
             row_blocks = -(-7 * SIZES.h_q // variant.block_rows) + 7
@@ -109,8 +108,7 @@ def test_batch_invariant_workspace_formula(variant: Variant, max_len: int, long_
         needed = workspace.bytes_needed(variant, sizes, 132, max_len)
         assert needed == slots * variant.block_rows * (variant.d_v + 1) * 4
         pieces = max(slots, row_blocks)
-        params = _mla.DecodeParams()
-        workspace.set_sizes(params, sizes, 132, max_len)
+        params = launch.sizes(sizes, num_workers=132, max_len=max_len)
         schedule = 48 + 72 * 132 + 32 * pieces + 32 * row_blocks + 28 * 8 + 16 * 133
         assert _mla.plan_bytes(variant.name, params) == schedule
 

@@ -1,23 +1,15 @@
-"""`decode`, which reads as the way of the data: tensors, problem, variant, plan, launch."""
+"""`decode`: calls like one before go straight to the extension, others by `first_call`."""
 
 from __future__ import annotations
 
-import math
-from numbers import Real
 from typing import Literal, overload
 
 from torch import Tensor
 
-from . import cpu, launch, log, outputs, validate
-from . import workspace as workspaces
-from .checks import wrong
-from .device import Device, facts
-from .dispatch import choose, forced
-from .explain import of_problem
-from .inputs import Inputs, TensorOrPair
+from . import _mla, first_call
+from .dispatch import in_context
+from .inputs import TensorOrPair
 from .plan import Plan
-from .problem import Problem
-from .variants import Variant
 
 
 @overload
@@ -141,77 +133,7 @@ def decode(
     Raises TypeError and ValueError for arguments that do not fit, UnsupportedError if no variant or
     not the forced one can run the call, CudaError if the driver refuses.
     """
-    inputs = Inputs.of(q, kv_cache, block_table, seq_lens, cu_seqlens_q)
-    problem = Problem.from_tensors(inputs, d_v, batch_invariant)
-    scale = _number(scale)
-    target = inputs.q.device
-    device = facts(target)
-    request = forced(variant)
-    if plan is None:
-        chosen = choose(problem, device, request)
-    else:
-        if not isinstance(plan, Plan):
-            raise TypeError(f"plan: got {type(plan).__name__}, expected an mla.Plan")
-        plan.check_fits(problem, target, request)
-        chosen = plan.variant
-    if workspace is not None:
-        planned_len = None if plan is None else plan.max_len
-        needed = workspaces.bytes_needed(chosen, problem, device.sm_count, planned_len)
-        workspaces.check(workspace, needed, target)
-    out, lse = outputs.prepare(problem, inputs, out, lse, return_lse, workspace)
-    if validate.wanted() and not (target.type == "cuda" and launch.capturing(target)):
-        validate.check_values(inputs, problem)
-    if log.dispatch_wanted():
-        _log_choice(problem, device, chosen, variant)
-
-    max_len = problem.max_len if plan is None else min(plan.max_len, problem.max_len)
-    if problem.b == 0 or problem.total_q == 0 or max_len == 0 or inputs.kv.shape[0] == 0:
-        outputs.fill_empty(out, lse)
-    elif chosen.on_host:
-        cpu.decode(problem, inputs, out, lse, scale=scale, causal=causal, max_len=max_len)
-    else:
-        launch.decode(
-            chosen,
-            problem,
-            inputs,
-            out,
-            lse,
-            scale=scale,
-            causal=causal,
-            num_workers=device.sm_count,
-            schedule=None if plan is None else plan.schedule,
-            planned_len=problem.max_len if plan is None else plan.max_len,
-            workspace=workspace,
-        )
-    return (out, lse) if return_lse and lse is not None else out
-
-
-def _number(scale: object) -> float:
-    if isinstance(scale, Tensor):  # has __float__, which would wait for the device
-        raise TypeError("scale: got a torch.Tensor, expected a number")
-    if not isinstance(scale, Real):
-        raise TypeError(f"scale: got {scale!r}, expected a number")
-    if not math.isfinite(scale):
-        raise wrong("scale", scale, "a finite number")
-    return float(scale)
-
-
-def _log_choice(problem: Problem, device: Device, chosen: Variant, variant: str | None) -> None:
-    kind = (
-        problem.h_q,
-        problem.s_q,
-        problem.ragged,
-        problem.d_qk,
-        problem.dtype,
-        problem.page_size,
-        problem.batch_invariant,
-    )
-    log.once((device, chosen.name, kind), lambda: _choice_line(problem, device, chosen, variant))
-
-
-def _choice_line(problem: Problem, device: Device, chosen: Variant, variant: str | None) -> str:
-    explanation = of_problem(problem, device, variant)
-    what = (
-        explanation.headline() if explanation.variant == chosen else f"{chosen.name} (by its plan)"
-    )
-    return f"{what} on {device} for {problem}"
+    call = (q, kv_cache, block_table, seq_lens, cu_seqlens_q, out, lse, workspace, plan)
+    how = (scale, causal, d_v, return_lse, batch_invariant, variant)
+    done: Tensor | tuple[Tensor, Tensor] | None = _mla.decode_prepared(*call, *how, in_context())
+    return first_call.decode(*call, *how) if done is None else done

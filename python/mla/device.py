@@ -26,6 +26,9 @@ class Device:
     tflops: float = 0.0
     problem: str = ""  # why nothing can be launched on it
 
+    def __hash__(self) -> int:  # quickly: choices are looked up by it
+        return hash((self.name, self.sm_count))
+
     def __str__(self) -> str:
         if self.type != "cuda":
             return self.name

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import NamedTuple
 
+from . import _mla
 from .device import Device
 from .errors import UnsupportedError
-from .estimate import Estimate, estimate
-from .problem import Problem
+from .estimate import Estimate, Model, estimate, model
+from .problem import Kind, Problem
 from .variants import VARIANTS, Variant
 
 _context: ContextVar[str | None] = ContextVar("mla_variant", default=None)
+in_context = _context.get  # the name that `use_variant` set, or None
 
 
 class Forced(NamedTuple):
@@ -43,9 +45,9 @@ def forced(argument: str | None = None) -> Forced | None:
     """The name in force: argument, then `use_variant`, then the environment's MLA_VARIANT."""
     if argument:
         return _known(Forced(argument, "variant="))
-    if name := _context.get():
+    if name := in_context():
         return Forced(name, "mla.use_variant")
-    if name := os.environ.get("MLA_VARIANT"):
+    if name := _mla.forced_variant():
         return _known(Forced(name, "MLA_VARIANT"))
     return None
 
@@ -79,13 +81,13 @@ def weigh(problem: Problem, device: Device, request: Forced | None) -> Choice:
 
     What a batch-invariant problem gets does not depend on the batch, though the estimates do.
     """
-    ranked = problem.without_batch() if problem.batch_invariant else problem
+    ranked = _ranked(problem)
     estimates: dict[str, Estimate | None] = {}
     reasons: dict[str, list[str]] = {}
     best: Variant | None = None
     best_us = float("inf")
     for variant in VARIANTS:
-        why_not = variant.unsupported(problem, device)
+        why_not = variant.unsupported(problem.kind, device)
         if why_not:
             reasons[variant.name] = why_not
             continue
@@ -100,10 +102,36 @@ def weigh(problem: Problem, device: Device, request: Forced | None) -> Choice:
 
 def choose(problem: Problem, device: Device, request: Forced | None) -> Variant:
     """The variant to run; UnsupportedError, with all reasons, if none or not the forced one can."""
-    choice = weigh(problem, device, request)
-    if choice.variant is None:
-        raise refusal(problem, device, choice)
-    return choice.variant
+    ranked = _ranked(problem)
+    able = _rivals(problem.kind, ranked.kind, device, request)
+    if not able:
+        raise refusal(problem, device, weigh(problem, device, request))
+    if len(able) == 1:
+        return able[0][0]
+    b, rows, max_len = ranked.b, ranked.rows, ranked.max_len
+    best, best_us = able[0][0], float("inf")
+    for variant, found in able:
+        us = found.start_us + max(found.work_us(b, rows, max_len)) if found else 0.0
+        if us < best_us:
+            best, best_us = variant, us
+    return best
+
+
+def _ranked(problem: Problem) -> Problem:
+    """What estimates rank the variants by."""
+    return problem.without_batch() if problem.batch_invariant else problem
+
+
+@lru_cache(maxsize=1024)
+def _rivals(
+    kind: Kind, ranked: Kind, device: Device, request: Forced | None
+) -> tuple[tuple[Variant, Model | None], ...]:
+    """The variants that may be chosen. Of those with equal models the first in the table wins."""
+    able: dict[Model | None, Variant] = {}
+    for variant in VARIANTS:
+        if (request is None or request.admits(variant)) and not variant.unsupported(kind, device):
+            able.setdefault(model(variant, ranked, device), variant)
+    return tuple((variant, found) for found, variant in able.items())
 
 
 def refusal(problem: Problem, device: Device, choice: Choice) -> UnsupportedError:

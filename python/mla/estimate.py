@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from . import _mla
+from ._mla import ITEM_OVERHEAD_TOKENS, MIN_BOX_ROWS, MIN_GROUP_TOKENS
 from .device import Device
-from .problem import Problem
+from .problem import Kind, Problem
 from .variants import Variant
 
 
@@ -49,36 +49,44 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def estimate(variant: Variant, problem: Problem, device: Device) -> Estimate | None:
-    """Predicted time if every request has all KV tokens that its row of the block table reaches.
+class Model(NamedTuple):
+    """A variant on one GPU for one kind of problem: microseconds of the whole GPU at work."""
 
-    A ragged query counts as if all requests had the average of its rows. None for the host variant:
-    nothing is known of the CPU.
-    """
+    start_us: float
+    block_rows: int
+    num_workers: int
+    read_us: float  # a KV row from memory
+    copy_us: float  # a KV row into shared memory for one row block, where boxes do not bring it
+    query_us: float  # a query row, in and out
+    product_us: float  # a KV row with one row block
+
+    def work_us(self, b: int, rows: int, max_len: int) -> tuple[float, float]:
+        """For memory and for products; b requests of `rows` query rows and `max_len` KV tokens."""
+        _, block_rows, num_workers, read_us, copy_us, query_us, product_us = self
+        row_blocks = -(-rows // block_rows)
+        if row_blocks == 0:
+            return 0.0, 0.0
+        # Row blocks add up: each has its overhead, and all but the first read KV from L2.
+        kv_tokens = b * (max_len + row_blocks * ITEM_OVERHEAD_TOKENS)
+        # No worker gets less than MIN_GROUP_TOKENS; with too few tokens for all, part of the GPU
+        # idles.
+        splits = max(b, b * max_len // MIN_GROUP_TOKENS, 1)
+        busy = min(1.0, splits * row_blocks / num_workers)
+        memory_us = kv_tokens * (1 + (row_blocks - 1) / L2_PER_BANDWIDTH) * read_us
+        memory_us += b * rows * query_us
+        if copy_us:
+            memory_us = max(memory_us, kv_tokens * row_blocks * copy_us)
+        return memory_us / busy, kv_tokens * row_blocks * product_us / busy
+
+
+def model(variant: Variant, kind: Kind, device: Device) -> Model | None:
+    """None for the host variant: nothing is known of the CPU."""
     if variant.on_host:
         return None
     costs = COSTS[variant.pipeline]
-    if problem.rows == 0:
-        return Estimate(costs.start_us, "latency")
-    row_blocks = ceil_div(problem.rows, variant.block_rows)
-    padded_rows = row_blocks * variant.block_rows
-    # Row blocks add up: each has its overhead, and all but the first read KV from L2.
-    kv_tokens = problem.b * (problem.max_len + row_blocks * _mla.ITEM_OVERHEAD_TOKENS)
-    # No worker gets less than MIN_GROUP_TOKENS; with too few tokens for all, part of the GPU idles.
-    splits = max(problem.b, problem.b * problem.max_len // _mla.MIN_GROUP_TOKENS, 1)
-    busy = min(1.0, splits * row_blocks / device.sm_count)
-
-    row_bytes = problem.d_qk * problem.dtype.itemsize
-    kv_bytes = kv_tokens * row_bytes * (1 + (row_blocks - 1) / L2_PER_BANDWIDTH)
-    query_bytes = problem.b * problem.rows * 2 * row_bytes
-    memory_us = (kv_bytes + query_bytes) / (device.bandwidth * 1e3 * costs.bandwidth_share * busy)
-
-    if costs.copy_gbs_per_sm and problem.page_size % _mla.MIN_BOX_ROWS:
-        copied = kv_tokens * row_blocks * row_bytes  # by each row block for itself
-        copy_us = copied / (costs.copy_gbs_per_sm * 1e3 * device.sm_count * busy)
-        memory_us = max(memory_us, copy_us)
-
-    flop = 2 * kv_tokens * padded_rows * (problem.d_qk + problem.d_v)
+    row_bytes = kind.d_qk * kind.dtype.itemsize
+    read_us = row_bytes / (device.bandwidth * 1e3 * costs.bandwidth_share)
+    copies = costs.copy_gbs_per_sm > 0 and kind.page_size % MIN_BOX_ROWS > 0
     peak = device.tflops
     if device.sm in WGMMA_GPUS and not costs.wgmma:
         peak *= MMA_PER_WGMMA
@@ -86,14 +94,32 @@ def estimate(variant: Variant, problem: Problem, device: Device) -> Estimate | N
         peak * costs.mma_share[variant.block_rows],
         costs.chain_tflops_per_sm[variant.block_rows] * device.sm_count,
     )
-    compute_us = flop / (rate * 1e6 * busy)
+    return Model(
+        start_us=costs.start_us,
+        block_rows=variant.block_rows,
+        num_workers=device.sm_count,
+        read_us=read_us,
+        copy_us=row_bytes / (costs.copy_gbs_per_sm * 1e3 * device.sm_count) if copies else 0.0,
+        query_us=2 * read_us,
+        product_us=2 * variant.block_rows * (kind.d_qk + kind.d_v) / (rate * 1e6),
+    )
 
+
+def estimate(variant: Variant, problem: Problem, device: Device) -> Estimate | None:
+    """Predicted time if every request has all KV tokens that its row of the block table reaches.
+
+    A ragged query counts as if all requests had the average of its rows. None for the host variant.
+    """
+    found = model(variant, problem.kind, device)
+    if found is None:
+        return None
+    memory_us, compute_us = found.work_us(problem.b, problem.rows, problem.max_len)
     work_us = max(memory_us, compute_us)
     bound = (
         "latency"
-        if work_us < costs.start_us
+        if work_us < found.start_us
         else "memory"
         if memory_us >= compute_us
         else "compute"
     )
-    return Estimate(costs.start_us + work_us, bound)
+    return Estimate(found.start_us + work_us, bound)

@@ -109,22 +109,23 @@ class Inputs:
                 raise wrong(name, shape_of(tensor), layout + hint)
             if tensor.shape[-2] < 1:
                 raise wrong(name, shape_of(tensor), "at least one head")
-            if tensor.shape[:-1] != self.q.shape[:-1]:
+            if tensor is not self.q and tensor.shape[:-1] != self.q.shape[:-1]:
                 before = list(self.q.shape[:-1])
                 raise wrong(name, shape_of(tensor), f"{before} before its columns, as q_nope")
 
     def _check_caches(self, caches: dict[str, Tensor]) -> None:
         for name, tensor in caches.items():
-            if tensor.dim() not in (3, 4):
+            shape = tensor.shape
+            if len(shape) not in (3, 4):
                 layout = "[pages, page_size, d] or [pages, page_size, 1, d]"
                 raise wrong(name, shape_of(tensor), layout)
-            if tensor.dim() == 4 and tensor.shape[2] != 1:
+            if len(shape) == 4 and shape[2] != 1:
                 raise wrong(name, shape_of(tensor), "one KV head: [pages, page_size, 1, d]")
-            if tensor.shape[1] < 1:
+            if shape[1] < 1:
                 raise wrong(name, shape_of(tensor), "a page_size of at least 1")
-            if max(tensor.shape[:2]) > INT32_MAX:
+            if shape[0] > INT32_MAX or shape[1] > INT32_MAX:
                 raise wrong(name, shape_of(tensor), "fewer than 2^31 pages and tokens per page")
-            if tensor.shape[:2] != self.kv.shape[:2]:
+            if tensor is not self.kv and tensor.shape[:2] != self.kv.shape[:2]:
                 before = list(self.kv.shape[:2])
                 raise wrong(name, shape_of(tensor), f"{before} pages and page_size, as latent")
 

@@ -7,15 +7,16 @@ has not configured logging, a handler is added that writes to stderr.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Hashable
+
+from . import _mla
 
 logger = logging.getLogger("mla")
 _said: set[Hashable] = set()
 
 
 def dispatch_wanted() -> bool:
-    return os.environ.get("MLA_LOG") == "dispatch"
+    return _mla.logs_dispatch()
 
 
 def once(key: Hashable, message: Callable[[], str]) -> None:

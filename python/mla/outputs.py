@@ -1,4 +1,4 @@
-"""Where results go: `out` and `lse`, made or checked.
+"""Where results go: `out` and `lse`, checked or made.
 
 No byte of an output may be an input's or another output's, or lie under two of its own elements.
 What is accepted is decided from addresses alone:
@@ -17,20 +17,20 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from . import _mla
 from .checks import check_no_grad, check_strides, check_tensor, shape_of, wrong
 from .inputs import Inputs
 from .problem import Problem
 
 
-def prepare(
+def check(
     problem: Problem,
     inputs: Inputs,
     out: Tensor | None,
     lse: Tensor | None,
-    return_lse: bool,
     scratch: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """`out` [.., h_q, d_v] in q's dtype and, if wanted or given, float32 `lse` [.., h_q]."""
+) -> None:
+    """Of what is given: `out` [.., h_q, d_v] in q's dtype, float32 `lse` [.., h_q]."""
     leading = inputs.q.shape[:-1]
     if out is not None:
         _check("out", out, (*leading, problem.d_v), problem.dtype, inputs.q.device)
@@ -42,10 +42,17 @@ def prepare(
     }
     if written:
         _check_apart(written, inputs.queries() | inputs.caches() | inputs.indices())
+
+
+def complete(
+    problem: Problem, inputs: Inputs, out: Tensor | None, lse: Tensor | None, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Makes what is not given; `lse` if it is wanted."""
+    q = inputs.q
     if out is None:
-        out = torch.empty((*leading, problem.d_v), dtype=problem.dtype, device=inputs.q.device)
+        out = torch.empty((*q.shape[:-1], problem.d_v), dtype=problem.dtype, device=q.device)
     if lse is None and return_lse:
-        lse = torch.empty(leading, dtype=torch.float32, device=inputs.q.device)
+        lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     return out, lse
 
 
@@ -70,18 +77,19 @@ def _check(
 
 
 def _check_apart(written: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> None:
-    seen = dict(read)
+    seen = [(name, tensor, *_mla.address_range(tensor)) for name, tensor in read.items()]
     for name, tensor in written.items():
-        if overlaps_itself(tensor):
+        if not tensor.is_contiguous() and overlaps_itself(tensor):
             raise wrong(
                 name,
                 f"strides {list(tensor.stride())} for {shape_of(tensor)}",
                 "elements that do not overlap",
             )
-        for other, before in seen.items():
-            if overlap(tensor, before):
+        first, end = _mla.address_range(tensor)
+        for other, before, other_first, other_end in seen:
+            if first < other_end and other_first < end and overlap(tensor, before):
                 raise ValueError(f"{name}: overlaps {other} in memory, expected memory of its own")
-        seen[name] = tensor
+        seen.append((name, tensor, first, end))
 
 
 def overlaps_itself(tensor: Tensor) -> bool:

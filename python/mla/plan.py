@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import _mla, launch
 from . import workspace as workspaces
-from .checks import INT32_MAX, check_lengths, check_size, check_tensor, shape_of, wrong
+from .checks import DTYPES, INT32_MAX, check_lengths, check_size, check_tensor, shape_of, wrong
 from .device import facts
 from .dispatch import Forced, choose, forced
 from .problem import Problem
@@ -38,13 +38,20 @@ class Plan:
         self.device = seq_lens.device
         self.num_workers = facts(self.device).sm_count
         self.max_len = problem.max_len if bounded else _mla.MAX_LEN
-        self.schedule: Tensor | None = None
-        if not variant.on_host:
-            params = launch.lengths(
-                problem, seq_lens, cu_seqlens_q, max_len=self.max_len, num_workers=self.num_workers
-            )
-            size = workspaces.schedule_bytes(variant, params)
+        self.schedule: Tensor | None = None  # where there is something to schedule
+        self._schedule: _mla.Schedule | None = None
+        if not variant.on_host and problem.total_q > 0:
+            sizes = launch.sizes(problem, num_workers=self.num_workers, max_len=self.max_len)
+            size = workspaces.schedule_bytes(variant, sizes)
             self.schedule = torch.zeros(size, dtype=torch.uint8, device=self.device)
+            sizes.plan = self.schedule.data_ptr()
+            self._schedule = _mla.Schedule(
+                variant.name,
+                DTYPES[problem.dtype],
+                problem.page_size,
+                sizes,
+                launch.ordinal(self.device),
+            )
         self._cu_seqlens_q = cu_seqlens_q
         self.update(seq_lens)
 
@@ -53,24 +60,20 @@ class Plan:
 
         Without the latter, the tensor that was given before is read again. Does not synchronise.
         """
-        if cu_seqlens_q is None:
-            cu_seqlens_q = self._cu_seqlens_q
-        elif not self.problem.ragged:
+        cuts = self._cu_seqlens_q if cu_seqlens_q is None else cu_seqlens_q
+        schedule = self._schedule
+        if schedule is None or not schedule.update(seq_lens, cuts):
+            self._check_update(seq_lens, cuts)
+            if schedule is not None:
+                schedule.update_checked(seq_lens, cuts)
+        self._cu_seqlens_q = cuts
+
+    def _check_update(self, seq_lens: Tensor, cu_seqlens_q: Tensor | None) -> None:
+        if cu_seqlens_q is not None and not self.problem.ragged:
             raise wrong(
                 "cu_seqlens_q", shape_of(cu_seqlens_q), "none: the plan is for a uniform query"
             )
         check_lengths(seq_lens, cu_seqlens_q, self.problem.b, self.device)
-        self._cu_seqlens_q = cu_seqlens_q
-        if self.schedule is None or self.problem.total_q == 0:
-            return
-        params = launch.lengths(
-            self.problem,
-            seq_lens,
-            cu_seqlens_q,
-            max_len=self.max_len,
-            num_workers=self.num_workers,
-        )
-        launch.write_schedule(self.variant, params, self.schedule, self.device)
 
     def check_fits(self, problem: Problem, device: torch.device, request: Forced | None) -> None:
         """ValueError if it is not for the call."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -14,8 +14,16 @@ from .inputs import Inputs
 MAX_ROWS = INT32_MAX - 1023
 
 
-@dataclass(frozen=True)
-class Problem:
+class Kind(NamedTuple):
+    """What of a problem decides which variants can run it."""
+
+    dtype: torch.dtype
+    d_qk: int
+    d_v: int
+    page_size: int
+
+
+class Problem(NamedTuple):
     """The sizes of one decode call."""
 
     b: int  # requests
@@ -30,13 +38,9 @@ class Problem:
     ragged: bool = False
     batch_invariant: bool = False
 
-    def __post_init__(self) -> None:
-        if self.b > INT32_MAX:
-            raise wrong("seq_lens", f"{self.b} requests", "fewer than 2^31")
-        tokens = max(self.s_q, self.total_q)
-        if tokens * self.h_q > MAX_ROWS:
-            got = f"{tokens} query tokens of {self.h_q} heads"
-            raise wrong("q", got, f"at most {MAX_ROWS} query rows (token, head)")
+    @property
+    def kind(self) -> Kind:
+        return Kind(self.dtype, self.d_qk, self.d_v, self.page_size)
 
     @property
     def max_len(self) -> int:
@@ -54,7 +58,7 @@ class Problem:
         Not query tokens, as those of a ragged request are known on the device only. It has the work
         of a large batch: one request that fills any GPU.
         """
-        return replace(self, b=1, s_q=1, total_q=1, page_size=64, max_pages=1 << 14, ragged=False)
+        return self._replace(b=1, s_q=1, total_q=1, page_size=64, max_pages=1 << 14, ragged=False)
 
     @classmethod
     def from_tensors(
@@ -66,18 +70,21 @@ class Problem:
         """
         inputs.check(d_v)
         q, ragged = inputs.q, inputs.cu_seqlens_q is not None
-        return cls(
-            b=inputs.seq_lens.shape[0],
-            s_q=0 if ragged else q.shape[1],
-            total_q=q.shape[0] if ragged else q.shape[0] * q.shape[1],
-            h_q=q.shape[-2],
-            d_qk=inputs.d_qk,
-            d_v=D_V[inputs.d_qk],
-            dtype=q.dtype,
-            page_size=inputs.kv.shape[1],
-            max_pages=inputs.block_table.shape[1],
-            ragged=ragged,
-            batch_invariant=bool(batch_invariant),
+        shape, d_qk = q.shape, inputs.d_qk
+        return _countable(
+            cls(
+                b=inputs.seq_lens.shape[0],
+                s_q=0 if ragged else shape[1],
+                total_q=shape[0] if ragged else shape[0] * shape[1],
+                h_q=shape[-2],
+                d_qk=d_qk,
+                d_v=D_V[d_qk],
+                dtype=q.dtype,
+                page_size=inputs.kv.shape[1],
+                max_pages=inputs.block_table.shape[1],
+                ragged=ragged,
+                batch_invariant=bool(batch_invariant),
+            )
         )
 
     @classmethod
@@ -101,18 +108,20 @@ class Problem:
         s_q = 0 if ragged else check_size("s_q", s_q, 0)
         dtype_name(dtype)
         check_dims("d_qk", d_qk, d_v)
-        return cls(
-            b=b,
-            s_q=s_q,
-            total_q=b * s_q if total_q is None else check_size("total_q", total_q, 0),
-            h_q=check_size("h_q", h_q, 1),
-            d_qk=d_qk,
-            d_v=D_V[d_qk],
-            dtype=dtype,
-            page_size=check_size("page_size", page_size, 1),
-            max_pages=check_size("max_pages", max_pages, 0),
-            ragged=ragged,
-            batch_invariant=bool(batch_invariant),
+        return _countable(
+            cls(
+                b=b,
+                s_q=s_q,
+                total_q=b * s_q if total_q is None else check_size("total_q", total_q, 0),
+                h_q=check_size("h_q", h_q, 1),
+                d_qk=d_qk,
+                d_v=D_V[d_qk],
+                dtype=dtype,
+                page_size=check_size("page_size", page_size, 1),
+                max_pages=check_size("max_pages", max_pages, 0),
+                ragged=ragged,
+                batch_invariant=bool(batch_invariant),
+            )
         )
 
     def __str__(self) -> str:
@@ -123,3 +132,14 @@ class Problem:
             f"page_size={self.page_size}, d_qk={self.d_qk}, d_v={self.d_v}, "
             f"{DTYPES[self.dtype]}{mode}"
         )
+
+
+def _countable(problem: Problem) -> Problem:
+    """The same; ValueError if kernels cannot count it."""
+    if problem.b > INT32_MAX:
+        raise wrong("seq_lens", f"{problem.b} requests", "fewer than 2^31")
+    tokens = max(problem.s_q, problem.total_q)
+    if tokens * problem.h_q > MAX_ROWS:
+        got = f"{tokens} query tokens of {problem.h_q} heads"
+        raise wrong("q", got, f"at most {MAX_ROWS} query rows (token, head)")
+    return problem

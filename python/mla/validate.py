@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
+from . import _mla
 from .inputs import Inputs
 from .problem import Problem
 
 
 def wanted() -> bool:
-    return os.environ.get("MLA_VALIDATE", "") not in ("", "0")
+    return _mla.validates()
 
 
 def check_values(inputs: Inputs, problem: Problem) -> None:

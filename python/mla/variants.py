@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from . import _mla
 from .checks import DTYPES
 from .device import KIB, Device
-from .problem import Problem
+from .problem import Kind
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,20 @@ class Variant:
             reasons.append(f"needs {need:.0f} KB of shared memory, the GPU has {have:.0f} KB")
         return reasons
 
-    def unsupported(self, problem: Problem, device: Device) -> list[str]:
-        """Why it cannot run the problem on the device; empty if it can."""
+    def unsupported(self, kind: Kind, device: Device) -> list[str]:
+        """Why it cannot run such problems on the device; empty if it can."""
         reasons = self.unsupported_device(device)
         if self.on_host or device.type != "cuda":
             return reasons
-        if DTYPES[problem.dtype] not in self.dtypes:
-            reasons.append(f"has {' and '.join(self.dtypes)}, not {DTYPES[problem.dtype]}")
-        if (problem.d_qk, problem.d_v) != (self.d_qk, self.d_v):
+        if DTYPES[kind.dtype] not in self.dtypes:
+            reasons.append(f"has {' and '.join(self.dtypes)}, not {DTYPES[kind.dtype]}")
+        if (kind.d_qk, kind.d_v) != (self.d_qk, self.d_v):
             reasons.append(
-                f"is for d_qk = {self.d_qk}, d_v = {self.d_v}, not {problem.d_qk}, {problem.d_v}"
+                f"is for d_qk = {self.d_qk}, d_v = {self.d_v}, not {kind.d_qk}, {kind.d_v}"
             )
-        if problem.page_size % self.page_multiple:
+        if kind.page_size % self.page_multiple:
             reasons.append(
-                f"needs pages of a multiple of {self.page_multiple} tokens, not {problem.page_size}"
+                f"needs pages of a multiple of {self.page_multiple} tokens, not {kind.page_size}"
             )
         return reasons
 

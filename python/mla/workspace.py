@@ -20,55 +20,29 @@ buffers of its own from torch's pool of that graph.
 
 from __future__ import annotations
 
-import threading
-from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import _mla
+from . import _mla, launch
 from .checks import check_tensor, shape_of, wrong
 from .problem import Problem
 from .variants import Variant
-
-SCHEDULE_ALIGNMENT = 256
-
-
-class Workspace:
-    """The kept buffer of one stream. A call holds `lock` until all its launches are queued."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.buffer: Tensor | None = None
-
-    def reserve(self, num_bytes: int, device: torch.device) -> Tensor:
-        if self.buffer is None or self.buffer.numel() < num_bytes:
-            self.buffer = None  # lets torch reuse the memory for what comes next
-            self.buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
-        return self.buffer
-
-
-_kept: defaultdict[tuple[int, int], Workspace] = defaultdict(Workspace)
-
-
-def kept(device: int, stream: int) -> Workspace:
-    return _kept[device, stream]
 
 
 def sizes() -> list[dict[str, Any]]:
     """What is kept, in bytes, by device index and stream handle."""
     return [
-        {"device": device, "stream": stream, "bytes": space.buffer.numel()}
-        for (device, stream), space in list(_kept.items())
-        if space.buffer is not None
+        {"device": device, "stream": stream, "bytes": size}
+        for device, stream, size in _mla.workspaces()
     ]
 
 
 def schedule_bytes(variant: Variant, params: _mla.DecodeParams) -> int:
     """Of the schedule that `params` asks for; only their sizes count."""
     size = _mla.plan_bytes(variant.name, params)
-    return -(-size // SCHEDULE_ALIGNMENT) * SCHEDULE_ALIGNMENT
+    return -(-size // _mla.SCHEDULE_ALIGNMENT) * _mla.SCHEDULE_ALIGNMENT
 
 
 def partial_bytes(variant: Variant, params: _mla.DecodeParams) -> tuple[int, int]:
@@ -83,23 +57,10 @@ def bytes_needed(
     """By a decode call. `planned_len`: the `max_len` of its plan, if it has one."""
     if variant.on_host:
         return 0
-    params = _mla.DecodeParams()
     max_len = problem.max_len if planned_len is None else planned_len
-    set_sizes(params, problem, num_workers, max_len)
+    params = launch.sizes(problem, num_workers=num_workers, max_len=max_len)
     schedule = schedule_bytes(variant, params) if planned_len is None else 0
     return schedule + sum(partial_bytes(variant, params))
-
-
-def set_sizes(params: _mla.DecodeParams, problem: Problem, num_workers: int, max_len: int) -> None:
-    """What the sizes of a schedule and of partial results depend on."""
-    params.num_requests = problem.b
-    params.s_q = problem.s_q
-    params.total_q = problem.total_q
-    params.h_q = problem.h_q
-    params.num_workers = num_workers
-    params.max_len = max_len
-    params.batch_invariant = int(problem.batch_invariant)
-    params.cu_seqlens_q = int(problem.ragged)  # in place of an address: no pointer is followed
 
 
 def check(workspace: Tensor, num_bytes: int, device: torch.device) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +74,14 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def launches() -> Iterator[list[str]]:
     """The names of the variants that were launched in this test, in order."""
     names: list[str] = []
-    launch = _mla.launch_decode
 
     def record(variant: str, *args: Any) -> None:
         names.append(variant)
-        launch(variant, *args)
+        _mla.launch_decode(variant, *args)
 
-    monkeypatch.setattr(_mla, "launch_decode", record)
-    return names
+    _mla.redirect(_mla.launch_plan, record, _mla.capturing)
+    yield names
+    _mla.redirect(None, None, None)

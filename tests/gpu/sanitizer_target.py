@@ -27,7 +27,7 @@ from unittest import mock
 sys.path.insert(0, str(Path(__file__).parent.parent))  # cases, device_plan
 
 import mla
-import mla.api
+import mla.first_call
 import torch
 from cases import Case, Inputs, make_problem
 from device_plan import Batch, host_schedule
@@ -89,7 +89,11 @@ def is_split(case: Case, row: Variant, workers: int) -> bool:
 
 def decode(inputs: Inputs, row: Variant, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
     """As on a GPU with so many SMs, so that the schedule is the same on every GPU."""
-    with mock.patch.object(mla.api, "facts", lambda it: replace(facts(it), sm_count=workers)):
+    _mla.forget()  # what was prepared for another number
+    few = mock.patch.object(
+        mla.first_call, "facts", lambda it: replace(facts(it), sm_count=workers)
+    )
+    with few:
         result = mla.decode(**inputs.kwargs(), return_lse=True, variant=row.name)
     torch.cuda.synchronize()
     return result
@@ -141,14 +145,13 @@ def run_fault(tool: str, row: Variant) -> None:
         inputs.q = torch.empty_like(inputs.q)
         decode(inputs, row, FEW)
         return
-    launch = _mla.launch_decode
 
     def misdirected(name: str, dtype: str, params: _mla.DecodeParams, *rest: int) -> None:
         params.lse = 4096  # nobody's memory
-        launch(name, dtype, params, *rest)
+        _mla.launch_decode(name, dtype, params, *rest)
 
-    with mock.patch.object(_mla, "launch_decode", misdirected):
-        decode(inputs, row, FEW)
+    _mla.redirect(_mla.launch_plan, misdirected, _mla.capturing)
+    decode(inputs, row, FEW)
 
 
 def report(what: str, started: float) -> None:

@@ -113,11 +113,15 @@ def _bench(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--batch-invariant",
         action="store_true",
-        help="also measure each variant in the batch-invariant mode, beside the free schedule",
+        help="also measure each variant in the batch-invariant mode, beside the free schedule; "
+        "with --host, only in that mode",
     )
     parser.add_argument("--targets", help="choose among the rows of one image set, like ampere_99k")
     parser.add_argument(
         "--planning", action="store_true", help="put the making of the plan inside the clock"
+    )
+    parser.add_argument(
+        "--host", action="store_true", help="instead of cases: CPU time that a call takes"
     )
     parser.add_argument("--repeat", type=_positive, help="samples (default: 20, on a CPU 3)")
     parser.add_argument("--dtype", type=_dtype, help="instead of the cases' own")

@@ -14,6 +14,7 @@ from mla import dispatch
 from mla.checks import D_V
 from mla.variants import VARIANTS
 
+from . import host
 from .arguments import UsageError
 from .calls import HEURISTIC, call, pick, requested
 from .cases import Case, CasePool, load_cases, with_overrides
@@ -32,8 +33,10 @@ METHOD = (
 
 def run(args: Namespace) -> int:
     device = pick_device(args.device)
-    cases = _select(args, device)
     _prepare_files(args)
+    if args.host:
+        return _run_host(args, device)
+    cases = _select(args, device)
     on_gpu = device.type == "cuda"
     timer = GpuTimer(device, args.repeat or 20) if on_gpu else CpuTimer(args.repeat or 3)
     console.print(f"{device_name(device)}, {len(cases)} cases", style="bold")
@@ -70,14 +73,27 @@ def run(args: Namespace) -> int:
     return 2 if skipped else 0
 
 
-def _select(args: Namespace, device: torch.device) -> list[Case]:
-    if args.targets and args.targets not in {variant.targets for variant in VARIANTS}:
-        names = ", ".join(dict.fromkeys(variant.targets for variant in VARIANTS))
-        raise UsageError(f"--targets {args.targets}: expected one of {names}")
+def _run_host(args: Namespace, device: torch.device) -> int:
+    _check_dims(args)
+    if len(args.variant or []) > 1 or args.plot:
+        raise UsageError("--host takes one --variant at most, and draws no --plot")
+    for name in args.variant or []:
+        requested(name)
+    return host.run(args, device)
+
+
+def _check_dims(args: Namespace) -> None:
     d_qk, d_v = args.dims
     if D_V.get(d_qk) != d_v:
         names = ", ".join(f"{qk}/{v}" for qk, v in D_V.items())
         raise UsageError(f"--dims {d_qk}/{d_v}: expected one of {names}")
+
+
+def _select(args: Namespace, device: torch.device) -> list[Case]:
+    if args.targets and args.targets not in {variant.targets for variant in VARIANTS}:
+        names = ", ".join(dict.fromkeys(variant.targets for variant in VARIANTS))
+        raise UsageError(f"--targets {args.targets}: expected one of {names}")
+    _check_dims(args)
     cases = load_cases(args.cases)
     if args.filter:
         cases = [case for case in cases if args.filter in case.id]

@@ -62,7 +62,7 @@ def run(args: Namespace) -> int:
     with make_progress() as progress:
         for device, d_qk, dtype, problem in progress.track(jobs, description="problems"):
             sizes = _sizes(problem, d_qk, dtype)
-            able = [v for v in variants if not v.unsupported(sizes, facts(device))]
+            able = [v for v in variants if not v.unsupported(sizes.kind, facts(device))]
             if able:
                 generator = torch.Generator().manual_seed(args.seed)
                 inputs = make_inputs(problem, d_qk, D_V[d_qk], dtype, device, generator)

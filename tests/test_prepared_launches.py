@@ -1,0 +1,155 @@
+"""Prepared calls as the driver gets them: a stand-in for it tells, without a GPU."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from fake_driver import AS_H200, DecodeParams
+
+CALLS = """
+def tensors():
+    bf16, int32 = torch.bfloat16, torch.int32
+    return {
+        "q": torch.zeros(3, 2, 8, 576, dtype=bf16),
+        "kv_cache": torch.zeros(10, 16, 576, dtype=bf16),
+        "block_table": torch.zeros(3, 4, dtype=int32),
+        "seq_lens": torch.zeros(3, dtype=int32),
+        "out": torch.zeros(3, 2, 8, 512, dtype=bf16),
+        "lse": torch.zeros(3, 2, 8),
+    }
+calls = [tensors() for _ in range(3)]
+"""
+PRINT = """
+print(json.dumps([{name: tensor.data_ptr() for name, tensor in call.items()} for call in calls]))
+"""
+
+
+def params_of(launch: dict[str, Any]) -> DecodeParams:
+    return DecodeParams.from_buffer_copy(bytes.fromhex(launch["parameters"][0]))
+
+
+def test_launches_have_the_addresses_of_their_call(run: Any) -> None:
+    script = f"""{CALLS}
+for i, call in enumerate([*calls, *calls]):
+    mla.decode(**call, scale=i)
+{PRINT}"""
+    done = run(script, prologue=AS_H200)
+    calls = json.loads(done.printed)
+    launches = done.named("launch")
+    assert [launch["kernel"].split("_")[1] for launch in launches] == [
+        "plan",
+        "sm90",
+        "combine",
+    ] * 6
+    assert {launch["stream"] for launch in launches} == {77}
+    maps = {(p["address"], p["dims"][0]): p["map"] for p in done.named("cuTensorMapEncodeTiled")}
+    assert len(maps) == len(done.named("cuTensorMapEncodeTiled")) == 2 * len(calls)
+    for i, launch in enumerate(launches):
+        if launch["kernel"] == "mla_plan":
+            continue
+        p, call = params_of(launch), calls[i // 3 % 3]
+        for field, name in (("q_nope", "q"), ("latent", "kv_cache")):
+            assert getattr(p, field) == call[name]
+        for name in ("seq_lens", "block_table", "out", "lse"):
+            assert getattr(p, name) == call[name]
+        assert p.scale_log2 == pytest.approx(i // 3 / math.log(2))
+        assert p.latent_map.words[0] == maps[call["kv_cache"], 512]
+        assert p.rope_map.words[0] == maps[call["kv_cache"] + 1024, 64]
+
+
+def test_a_captured_call_has_a_workspace_of_its_own(run: Any) -> None:
+    script = f"""{CALLS}
+import os
+for captures in "010":
+    os.environ["FAKE_CUDA_CAPTURING"] = captures
+    for _ in range(2):
+        mla.decode(**calls[0], scale=1.0)
+print(json.dumps(_mla.workspaces()))
+"""
+    done = run(script, prologue=AS_H200)
+    ((device, stream, size),) = json.loads(done.printed)
+    assert (device, stream) == (0, 77)
+    assert size > 1 << 20
+    at = [params_of(x).plan for x in done.named("launch") if x["kernel"].startswith("mla_sm90")]
+    assert at[0] == at[1] == at[4] == at[5]
+    assert not {at[0]} & {at[2], at[3]}
+
+
+def test_threads_do_not_mix_their_launches(run: Any) -> None:
+    script = f"""{CALLS}
+import threading
+def work(i):
+    for _ in range(200):
+        mla.decode(**calls[i], scale=1.0)
+threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+{PRINT}"""
+    done = run(script, prologue=AS_H200)
+    launches = done.named("launch")
+    assert len(launches) == 3 * 3 * 200
+    for plan, decode, combine in zip(launches[::3], launches[1::3], launches[2::3], strict=True):
+        assert (plan["kernel"], decode["kernel"][:8]) == ("mla_plan", "mla_sm90")
+        assert decode["parameters"][0] == combine["parameters"][0]
+
+
+def test_a_failed_launch_is_an_error_of_prepared_calls_too(run: Any) -> None:
+    script = f"""{CALLS}
+for _ in range(2):
+    try:
+        mla.decode(**calls[0], scale=1.0)
+    except mla.CudaError as error:
+        print(error.api, error.code)
+"""
+    done = run(script, prologue=AS_H200, FAKE_CUDA_FAIL="cuLaunchKernelEx=701")
+    assert done.printed == "cuLaunchKernelEx 701\n" * 2
+
+
+def test_the_steady_path_is_one_function_of_python(run: Any) -> None:
+    """Bounds the work rather than the time: what the interpreter enters during a call."""
+    script = f"""{CALLS}
+import sys
+def entered(call):
+    call()
+    names = []
+    sys.setprofile(lambda frame, event, _: names.append((event, frame.f_code.co_name)))
+    call()
+    sys.setprofile(None)
+    return [name for event, name in names if event == "call"]
+plan = mla.plan(calls[0]["seq_lens"], s_q=2, h_q=8, d_qk=576, dtype=torch.bfloat16, page_size=16)
+bare = {{name: t for name, t in calls[0].items() if name not in ("out", "lse")}}
+with torch.no_grad():
+    print(json.dumps([
+        entered(lambda: mla.decode(**calls[0], scale=1.0, return_lse=True)),
+        entered(lambda: mla.decode(**calls[0], scale=1.0, plan=plan)),
+        entered(lambda: mla.decode(**bare, scale=1.0, return_lse=True)),
+        entered(lambda: plan.update(calls[0]["seq_lens"])),
+    ]))
+print(json.dumps(_mla.num_prepared()))
+"""
+    done = run(script, prologue=AS_H200)
+    steady, prepared = done.printed.splitlines()
+    calls = [["<lambda>", "decode"]] * 3 + [["<lambda>", "update"]]
+    assert json.loads(steady) == calls
+    assert json.loads(prepared) == 3
+
+
+def test_the_first_call_of_a_shape_is_bounded(run: Any) -> None:
+    """In functions of Python that it enters, choice of the variant included."""
+    script = f"""{CALLS}
+import sys
+def call(b):
+    return {{name: t if name == "kv_cache" else t[:b] for name, t in calls[0].items()}}
+mla.decode(**call(3), scale=1.0)
+entered = []
+sys.setprofile(lambda frame, event, _: entered.append(event))
+mla.decode(**call(2), scale=1.0)
+sys.setprofile(None)
+print(entered.count("call"), _mla.num_prepared())
+"""
+    entered, prepared = run(script, prologue=AS_H200).printed.split()
+    assert int(prepared) == 2
+    assert int(entered) <= 75
