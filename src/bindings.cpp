@@ -1,5 +1,6 @@
 // The Python module mla._mla. Tensors do not cross: pointers, strides and streams come as integers.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
@@ -11,6 +12,7 @@
 #include "host_schedule.h"
 #include "images.h"
 #include "launch.h"
+#include "merge.h"
 #include "registry.h"
 #include "workspace.h"
 
@@ -196,4 +198,6 @@ NB_MODULE(_mla, m) {
       },
       "variant"_a, "dtype"_a, "params"_a, "device"_a, "stream"_a,
       "Runs the variant's kernel by params.plan, then combines what was split.");
+  m.def("launch_merge", &launch_merge, "dtype"_a, "addresses"_a, "strides"_a, "sizes"_a, "d"_a, "device"_a, "stream"_a,
+        "Merges two attention states: o_a, o_b, out, then lse_a, lse_b, lse. Rows of `d` columns in three dimensions.");
 }

@@ -1,5 +1,5 @@
-// The kernel images that are embedded in this module: fatbins, one per row of kernels/variants.inc, plus `plan` and
-// `combine`.
+// The kernel images that are embedded in this module: fatbins, one per row of kernels/variants.inc, plus `plan`,
+// `combine` and `merge`.
 #pragma once
 
 #include <cstddef>

@@ -3,7 +3,7 @@
 #include <stdexcept>
 
 #include "common/parts.h"
-#include "module.h"
+#include "launch_kernel.h"
 #include "tensor_map.h"
 
 namespace mla {
@@ -26,35 +26,12 @@ const Kernel& combine_kernel(const Variant& variant, Dtype dtype, int device, bo
   return get_kernel(overlaps ? "combine_sm90" : "combine_sm80", combine_entry(variant, dtype), device, Occupancy::any);
 }
 
-enum class Start { after_kernel_before, beside_kernel_before };
-
-// The arguments are the kernel's parameters, in order.
-template <class... Args>
-void launch(const Kernel& kernel, unsigned blocks, unsigned threads, uintptr_t stream, Start start,
-            const Args&... args) {
-  CUlaunchConfig config{};
-  CUlaunchAttribute beside{};
-  beside.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-  beside.value.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &beside;
-  config.numAttrs = start == Start::beside_kernel_before;
-  config.gridDimX = blocks;
-  config.gridDimY = config.gridDimZ = 1;
-  config.blockDimX = threads;
-  config.blockDimY = config.blockDimZ = 1;
-  config.sharedMemBytes = kernel.smem_bytes;
-  config.hStream = reinterpret_cast<CUstream>(stream);
-  void* pointers[] = {const_cast<Args*>(&args)...};  // the driver copies what they point to
-  // The driver takes a CUkernel for a CUfunction and finds the current context's instance of it.
-  driver().cuLaunchKernelEx(&config, reinterpret_cast<CUfunction>(kernel.handle), pointers, nullptr);
-}
-
 }  // namespace
 
 void launch_plan(const Variant& variant, const DecodeParams& params, int device, uintptr_t stream) {
   const ContextGuard guard(device);
-  launch(plan_kernel(params.batch_invariant, device), 1, kPlanThreads, stream, Start::after_kernel_before,
-         params.lengths, shape_of(variant), params.num_workers, const_cast<PlanHeader*>(params.plan));
+  launch_kernel(plan_kernel(params.batch_invariant, device), 1, kPlanThreads, stream, Start::after_kernel_before,
+                params.lengths, shape_of(variant), params.num_workers, const_cast<PlanHeader*>(params.plan));
 }
 
 void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& given, int device, uintptr_t stream) {
@@ -65,11 +42,11 @@ void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& give
   params.by_h_q = make_fast_divisor(params.lengths.h_q);
   if (fetches_boxes(variant)) add_tensor_maps(variant, dtype, params);
   const unsigned workers = static_cast<unsigned>(params.num_workers);
-  launch(decode_kernel(variant, dtype, device), workers, 32 * static_cast<unsigned>(variant.warps), stream,
-         Start::after_kernel_before, params);
+  launch_kernel(decode_kernel(variant, dtype, device), workers, 32 * static_cast<unsigned>(variant.warps), stream,
+                Start::after_kernel_before, params);
   const bool overlaps = overlaps_launches(device);
-  launch(combine_kernel(variant, dtype, device, overlaps), kCombineCtasPerWorker * workers, kCombineThreads, stream,
-         overlaps ? Start::beside_kernel_before : Start::after_kernel_before, params, shape_of(variant));
+  launch_kernel(combine_kernel(variant, dtype, device, overlaps), kCombineCtasPerWorker * workers, kCombineThreads,
+                stream, overlaps ? Start::beside_kernel_before : Start::after_kernel_before, params, shape_of(variant));
 }
 
 void preload(const Variant& variant, int device) {

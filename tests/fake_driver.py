@@ -81,6 +81,21 @@ class DecodeParams(ctypes.Structure):
     ]
 
 
+MERGED = ("o_a", "o_b", "out", "lse_a", "lse_b", "lse")
+
+
+class MergeParams(ctypes.Structure):
+    """kernels/common/merge.h once more."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint64) for name in MERGED),
+        *(field for name in MERGED for field in _strides(name, "batch", "token", "head")),
+        *((name, ctypes.c_int32) for name in ("num_rows", "tokens", "heads")),
+        *((name, ctypes.c_int32) for name in ("row_chunks", "row_threads", "rows_per_cta")),
+        *((name, FastDivisor) for name in ("by_tokens", "by_heads", "by_row_threads")),
+    ]
+
+
 LENGTHS = [name for name, _ in Lengths._fields_]
 FILLED_BY_LAUNCH = ("by_page_size", "by_h_q", "box_rows", "_before_maps", "latent_map", "rope_map")
 ATTRIBUTES = LENGTHS + [

@@ -57,7 +57,7 @@ def test_gradients_are_refused_rather_than_lost(name: str) -> None:
         "lse": zeros(B, S_Q, H, dtype=torch.float32),
     }
     call[name].requires_grad_()
-    with pytest.raises(ValueError, match=f"^{name}: requires grad, but decode has no backward"):
+    with pytest.raises(ValueError, match=f"^{name}: requires grad, but mla has no backward"):
         mla.decode(**call)
     with torch.no_grad():
         mla.decode(**call)

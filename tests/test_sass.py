@@ -24,6 +24,7 @@ IMAGES = [
     "plan_parts",
     "combine_sm80",
     "combine_sm90",
+    "merge",
     *(v["name"] for v in GPU_VARIANTS),
 ]
 each_image = pytest.mark.parametrize("image", IMAGES)
@@ -133,6 +134,9 @@ def entry_points(image: str) -> set[str]:
         return {f"mla_{image}"}
     if image.startswith("combine"):
         return {f"mla_combine_{t}_v{d_v}" for t in ("bf16", "fp16") for d_v in (512, 256)}
+    if image == "merge":
+        types = ("bf16", "fp16", "fp32")
+        return {f"mla_merge_{t}{end}" for t in types for end in ("", "_unaligned")}
     return {f"mla_{image}_{t}" for t in ("bf16", "fp16")}
 
 
@@ -187,7 +191,7 @@ def test_parameters_are_what_the_host_passes(image: str) -> None:
     params, lengths, shape, pointer = _mla.PARAMS_BYTES, 40, 12, 8
     planner, combine = [lengths, shape, 4, pointer], [params, shape]
     wanted = {"plan": planner, "plan_parts": planner}
-    wanted |= {"combine_sm80": combine, "combine_sm90": combine}
+    wanted |= {"combine_sm80": combine, "combine_sm90": combine, "merge": [240]}
     for kind, arch, _, text in parts(image, "-elf"):
         if kind != "elf":
             continue

@@ -5,6 +5,7 @@ from .dispatch import use_variant
 from .errors import CudaError, UnsupportedError
 from .explain import explain
 from .info import info, version
+from .merge import merge_states
 from .plan import Plan, plan
 from .preload import preload
 from .variants import variants
@@ -19,6 +20,7 @@ __all__ = [
     "decode",
     "explain",
     "info",
+    "merge_states",
     "plan",
     "preload",
     "use_variant",

@@ -109,6 +109,6 @@ def check_no_grad(name: str, tensor: Tensor) -> None:
     """A result without history would be a silent wrong gradient, so autograd users hear of it."""
     if tensor.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{name}: requires grad, but decode has no backward: call it under "
+            f"{name}: requires grad, but mla has no backward: call it under "
             "torch.inference_mode() or torch.no_grad(), or detach the tensor"
         )
