@@ -199,6 +199,21 @@ class TestOutputs:
             result = mla.decode(**inputs.kwargs(), return_lse=True)
         check(result, reference(inputs))
 
+    @pytest.mark.parametrize("s_q", [1, 3])
+    def test_defaults_of_torch_change_nothing(self, s_q: int) -> None:
+        """Those that a script for a GPU sets; `meta` in the place of one."""
+        inputs = make_problem(replace(self.CASE, q_lens=s_q, given=False), "cpu")
+        want = run(inputs)
+        before = torch.get_default_dtype()
+        try:
+            torch.set_default_device("meta")
+            torch.set_default_dtype(torch.bfloat16)
+            got = mla.decode(**inputs.kwargs(), return_lse=True)
+        finally:
+            torch.set_default_device(None)
+            torch.set_default_dtype(before)
+        assert_same_bits(got, want)
+
     def test_reruns_give_the_same_bits(self) -> None:
         inputs = make_problem(self.CASE, "cpu")
         assert_same_bits(clone(run(inputs)), run(inputs))

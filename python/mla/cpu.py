@@ -45,9 +45,7 @@ def decode(
                 q[tokens] if q_rope is None else torch.cat((q[tokens], q_rope[tokens]), -1)
             ).float() * scale
             # The last query token sees all `length` KV tokens, each one before it one fewer.
-            visible = (
-                length - q.shape[0] + 1 + first + torch.arange(rows.shape[0]) if causal else None
-            )
+            visible = length - q.shape[0] + 1 + first + _count(rows.shape[0]) if causal else None
             block_o, block_lse = _attend(rows, inputs, request, length, problem.d_v, visible)
             o[tokens] = block_o.to(o.dtype)
             if row_lse is not None:
@@ -70,14 +68,14 @@ def _attend(
     `visible` [tokens] is how many KV tokens each query token sees, all if None. Returns
     o [tokens, h_q, d_v] and lse [tokens, h_q], float32.
     """
-    row_max = torch.full(q.shape[:-1], -math.inf)
-    row_sum = torch.zeros(q.shape[:-1])
-    o = torch.zeros(*q.shape[:-1], d_v)
+    row_max = q.new_full(q.shape[:-1], -math.inf)
+    row_sum = q.new_zeros(q.shape[:-1])
+    o = q.new_zeros(*q.shape[:-1], d_v)
     for start in range(0, length, CHUNK_TOKENS):
-        kv = _read_cache(inputs, request, torch.arange(start, min(start + CHUNK_TOKENS, length)))
+        kv = _read_cache(inputs, request, start + _count(min(CHUNK_TOKENS, length - start)))
         logits = q @ kv.T
         if visible is not None:
-            hidden = torch.arange(start, start + kv.shape[0]) >= visible[:, None]
+            hidden = start + _count(kv.shape[0]) >= visible[:, None]
             logits.masked_fill_(hidden[:, None], -math.inf)
         new_max = torch.maximum(row_max, logits.amax(-1))
         base = new_max.masked_fill(new_max == -math.inf, 0)  # rows that see nothing yet
@@ -87,6 +85,11 @@ def _attend(
         o = o * rescale[..., None] + p @ kv[:, :d_v]
         row_max = new_max
     return o / row_sum.masked_fill(row_sum == 0, 1)[..., None], row_max + row_sum.log()
+
+
+def _count(n: int) -> Tensor:
+    """0 to n - 1, whatever torch's default device is."""
+    return torch.arange(n, device="cpu")
 
 
 def _read_cache(inputs: Inputs, request: int, positions: Tensor) -> Tensor:
