@@ -134,7 +134,14 @@ def test_has_an_image(variant: Variant) -> None:
 
 
 def test_images_are_of_the_table() -> None:
-    names = {"plan", "plan_parts", "combine_sm80", "combine_sm90", "merge", *(v.name for v in GPU_VARIANTS)}
+    names = {
+        "plan",
+        "plan_parts",
+        "combine_sm80",
+        "combine_sm90",
+        "merge",
+        *(v.name for v in GPU_VARIANTS),
+    }
     assert set(_mla.images()) == names
 
 

@@ -97,7 +97,14 @@ def test_extension_is_small_and_knows_no_path_of_its_build() -> None:
 
 def test_images_are_those_of_the_table() -> None:
     rows = [row["name"] for row in _mla.variants() if row["pipeline"] != "cpu"]
-    assert list(_mla.images()) == ["plan", "plan_parts", "combine_sm80", "combine_sm90", "merge", *rows]
+    assert list(_mla.images()) == [
+        "plan",
+        "plan_parts",
+        "combine_sm80",
+        "combine_sm90",
+        "merge",
+        *rows,
+    ]
     for name, size in _mla.images().items():
         image = _mla.image(name)
         assert len(image) == size
