@@ -151,6 +151,8 @@ NB_MODULE(_mla, m) {
 
   m.attr("ITEM_OVERHEAD_TOKENS") = schedule::kItemOverheadTokens;
   m.attr("MIN_GROUP_TOKENS") = schedule::kMinGroupTokens;
+  m.attr("MIN_GROUP_TOKENS_OF_MANY") = schedule::kMinGroupTokensOfMany;
+  m.attr("FEW_TOKENS") = schedule::kFewTokens;
   m.attr("MIN_BOX_ROWS") = kMinBoxRows;
   m.attr("MAX_LEN") = schedule::kMaxLen;
   m.attr("SCHEDULE_ALIGNMENT") = kScheduleAlignment;

@@ -139,7 +139,9 @@ class Schedule:
         assert all(units <= self.units_per_group for units in load.values())
 
         overhead = self.tiles(ITEM_OVERHEAD_TOKENS)
-        least = max(self.tiles(MIN_GROUP_TOKENS), overhead + 1)
+        few = self.total_units(self.group_size) * self.block_n <= _mla.FEW_TOKENS
+        tokens = MIN_GROUP_TOKENS if few else _mla.MIN_GROUP_TOKENS_OF_MANY
+        least = max(self.tiles(tokens), overhead + 1)
 
         def share(size: int) -> int:
             return -(-self.total_units(size) // (self.num_workers // size))

@@ -110,6 +110,13 @@ def test_a_short_request_is_not_split() -> None:
     assert schedule.splits == []
 
 
+@pytest.mark.parametrize(("b", "length", "tiles"), [(1, 1024, 2), (8, 4096, 4), (16, 8192, 16)])
+def test_parts_of_equal_requests_are_equal(b: int, length: int, tiles: int) -> None:
+    schedule = check([length] * b, block_rows=64, block_n=64)
+    assert {piece.last_token - piece.first_token for piece in schedule.pieces} == {tiles * 64}
+    assert len({piece.worker for piece in schedule.pieces}) == len(schedule.pieces)
+
+
 def test_row_blocks_of_a_request_read_its_kv_together() -> None:
     schedule = check([100_000], h_q=128, block_rows=16, num_workers=128)
     assert schedule.group_size == 8

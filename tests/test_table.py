@@ -85,7 +85,7 @@ def test_shared_memory_fits_the_gpus_that_it_is_for(variant: Variant) -> None:
 
 @each
 def test_workspace_formula(variant: Variant) -> None:
-    rows = 2 * 132 * variant.block_rows
+    rows = (2 * 132 + 1) * variant.block_rows
     needed = workspace.bytes_needed(variant, SIZES, 132, SIZES.max_len)
     assert needed == rows * (variant.d_v + 1) * 4
 
@@ -109,7 +109,7 @@ def test_batch_invariant_workspace_formula(variant: Variant, max_len: int, long_
         assert needed == slots * variant.block_rows * (variant.d_v + 1) * 4
         pieces = max(slots, row_blocks)
         params = launch.sizes(sizes, num_workers=132, max_len=max_len)
-        schedule = 48 + 72 * 132 + 32 * pieces + 32 * row_blocks + 28 * 8 + 16 * 133
+        schedule = 48 + 64 * 132 + 32 * pieces + 32 * row_blocks + 28 * 8 + 16 * 133
         assert _mla.plan_bytes(variant.name, params) == schedule
 
 
@@ -124,7 +124,7 @@ def test_schedule_formula(variant: Variant, s_q: int, total_q: int | None) -> No
     if total_q is not None:
         params.total_q, params.cu_seqlens_q = total_q, 1
         row_blocks = -(-total_q * h_q // variant.block_rows) + b
-    expected = 48 + 136 * workers + 32 * row_blocks + 12 * (b + 1)
+    expected = 48 + 128 * workers + 32 * row_blocks + 12 * (b + 1)
     assert _mla.plan_bytes(variant.name, params) == expected
 
 

@@ -53,8 +53,6 @@ __device__ __forceinline__ void combine(const DecodeParams& p, schedule::Shape s
   SplitItem item{};
   if (static_cast<int>(blockIdx.x) < num_tasks) item = item_of(blockIdx.x);
   wait_for_kernel_before();
-  if (shape.merges_pairs && !p.plan->batch_invariant && blockIdx.x == 0 && threadIdx.x == 0)
-    ++*launch_count(p, shape.block_rows, DV);
 
 #pragma unroll 1
   for (int task = blockIdx.x; task < num_tasks; task += gridDim.x) {

@@ -33,34 +33,30 @@ __device__ __forceinline__ void let_next_kernel_start() {
 //
 // It waits for a group with lower numbers of CTAs than its own, which were dispatched before and wait for none with higher ones.
 //
-// The flags are in the workspace, in place of one more partial result, so that calls beside each other may share a plan. A partial
-// result is there when its flag says the number of the launch: the combine kernel counts launches behind the flags. Whatever a new
-// workspace holds, a flag is taken for one of this launch with a chance of one in 2^32 only.
+// The flags are in the workspace, in place of one more partial result, so that calls beside each other may share a plan. A flag that is
+// up says a number of its own, which new memory holds with a chance of one in 2^64; whoever waited takes it down again.
 
-__device__ __forceinline__ uint32_t* flag_of(const DecodeParams& p, int block_rows, int d_v, int slot) {
+__device__ __forceinline__ uint64_t* flag_of(const DecodeParams& p, int block_rows, int d_v, int slot) {
   const int64_t slots = 2 * int64_t{p.num_workers};
-  return reinterpret_cast<uint32_t*>(p.o_partial + slots * block_rows * d_v) + slot;
+  return reinterpret_cast<uint64_t*>(p.o_partial + slots * block_rows * d_v) + slot;
 }
-__device__ __forceinline__ uint32_t* launch_count(const DecodeParams& p, int block_rows, int d_v) {
-  return flag_of(p, block_rows, d_v, 2 * p.num_workers);
-}
-// What the flags of this launch say. No kernel that runs beside changes it.
-__device__ __forceinline__ uint32_t this_launch(const DecodeParams& p, int block_rows, int d_v) {
-  return *launch_count(p, block_rows, d_v) + 1;
+__device__ __forceinline__ uint64_t flag_up(const uint64_t* flag) {
+  return reinterpret_cast<uint64_t>(flag) * 0x9e3779b97f4a7c15ull + 0xd1b54a32d192ed03ull;
 }
 // By one thread, behind a barrier with those that stored it.
 __device__ __forceinline__ void announce_partial(const DecodeParams& p, int block_rows, int d_v, int slot) {
-  asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(flag_of(p, block_rows, d_v, slot)),
-               "r"(this_launch(p, block_rows, d_v))
-               : "memory");
+  uint64_t* flag = flag_of(p, block_rows, d_v, slot);
+  asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(flag), "l"(flag_up(flag)) : "memory");
 }
 // By one thread; all may read it behind a barrier with it.
 __device__ __forceinline__ void wait_for_partial(const DecodeParams& p, int block_rows, int d_v, int slot) {
+  uint64_t* flag = flag_of(p, block_rows, d_v, slot);
   asm volatile(
-      "{\n.reg .pred p;\n.reg .u32 flag;\nAGAIN:\nld.acquire.gpu.global.u32 flag, [%0];\nsetp.ne.u32 p, flag, %1;\n"
-      "@p bra AGAIN;\n}" ::"l"(flag_of(p, block_rows, d_v, slot)),
-      "r"(this_launch(p, block_rows, d_v))
+      "{\n.reg .pred p;\n.reg .u64 seen;\nAGAIN:\nld.acquire.gpu.global.u64 seen, [%0];\nsetp.ne.u64 p, seen, %1;\n"
+      "@p bra AGAIN;\n}" ::"l"(flag),
+      "l"(flag_up(flag))
       : "memory");
+  *flag = 0;
 }
 
 // What the two partial results of a row count in its result, and the lse2 of that.

@@ -90,6 +90,10 @@ extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)
         range.first_piece = static_cast<int32_t>(first_number);
         range.end_piece = static_cast<int32_t>(last_number) + 1;
         range.pairs = schedule::pairs_of(first, last, shape, header, g);
+        // Nothing is left for a group that is left out: its flag would stay up.
+        if (range.pairs & kLeavesLast &&
+            number_of(item_at(min(end + header.units_per_group, units_before) - 1), g + 1) >= max_pieces)
+          range.pairs &= ~kLeavesLast;
         range.last = schedule::make_piece(last, shape, header, g);
         plan.pieces[first_number] = schedule::make_piece(first, shape, header, g);
         plan.pieces[last_number] = range.last;

@@ -17,6 +17,8 @@ namespace mla::schedule {
 constexpr int kItemOverheadTokens = 64;
 // A group's range is at least this long, overhead included: below it, combining more splits costs more than they save.
 constexpr int kMinGroupTokens = 128;
+// With more tokens than few, combining is dearer: 27.5 us instead of 23.8 for one request of 16,384 tokens in ranges of 128.
+constexpr int kFewTokens = 6144, kMinGroupTokensOfMany = 192;
 constexpr int kMaxGroupSize = 8;
 // Longer requests count as this long, so that the number of a token past the end of the last tile still fits 31 bits.
 constexpr int64_t kMaxLen = (int64_t{1} << 31) - 4096;
@@ -95,7 +97,8 @@ MLA_HD PlanHeader make_header(int64_t total_units, int64_t common_units, Shape s
   h.group_size = group_size;
   const int64_t groups = num_workers / group_size;
   h.overhead = overhead_units(shape);
-  const int64_t least_tiles = ceil_div(kMinGroupTokens, shape.block_n);
+  const bool few = total_units * shape.block_n <= kFewTokens;
+  const int64_t least_tiles = ceil_div(few ? kMinGroupTokens : kMinGroupTokensOfMany, shape.block_n);
   const int64_t least = least_tiles > h.overhead ? least_tiles : h.overhead + 1;
   const int64_t even = ceil_div(total_units, groups);
   h.units_per_group = even > least ? even : least;

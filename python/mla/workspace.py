@@ -1,13 +1,13 @@
 """Scratch memory of the launches: a schedule and the partial results of split requests.
 
-    schedule  48 + 136 * num_workers + 32 * row_blocks + 12 * (b + 1) bytes, rounded up to 256;
+    schedule  48 + 128 * num_workers + 32 * row_blocks + 12 * (b + 1) bytes, rounded up to 256;
               none with a plan
     partials  slots * block_rows * (d_v + 1) * 4 bytes, slots = 2 * num_workers + 1
 
-num_workers is the number of SMs (a schedule has 8 bytes more if it is odd); row_blocks is
-b * ceil(s_q * h_q / block_rows), of a ragged query ceil(total_q * h_q / block_rows) + b. With `batch_invariant`
+num_workers is the number of SMs; row_blocks is b * ceil(s_q * h_q / block_rows), of a ragged query
+ceil(total_q * h_q / block_rows) + b. With `batch_invariant`
 
-    schedule  48 + 72 * num_workers + 32 * max(slots, row_blocks) + 32 * row_blocks
+    schedule  48 + 64 * num_workers + 32 * max(slots, row_blocks) + 32 * row_blocks
               + 28 * (b + 1) + 16 * (num_workers + 1) bytes, rounded up to 256; none with a plan
     slots     b * long_parts + 4 * row_blocks, long_parts the least of max_len / 1024,
               sqrt(max_len) / 8, each rounded up, and 64; none if no request can be longer than
