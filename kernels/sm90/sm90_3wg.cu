@@ -133,6 +133,7 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
     };
     Slot slot{};
     if (warp < kCopyWarps) slot = has_boxes(p) ? box_slot_at(0) : row_slot_at(0);
+    __syncwarp();                               // its lanes may have come by different ways
     named_barrier_sync(kCanBegin, C::threads);  // with everybody
     let_next_kernel_start();
     lower_registers<kProducerRegisters>();
@@ -300,6 +301,7 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
       mbarrier_init(other_there, 1);
       fence_mbarrier_init();
     }
+    __syncwarp();                               // its lanes may have come by different ways
     named_barrier_sync(kCanBegin, C::threads);  // with everybody
     let_next_kernel_start();
     raise_registers<kConsumerRegisters>();

@@ -27,7 +27,11 @@ def ordinal(device: torch.device) -> int:
     return device.index or 0
 
 
+def stream_of(device: torch.device) -> int:
+    """The handle of torch's current stream."""
+    return torch._C._cuda_getCurrentRawStream(ordinal(device))
+
+
 def capturing(device: torch.device) -> bool:
     """Whether the current stream of a CUDA device is being captured into a graph."""
-    index = ordinal(device)
-    return _mla.capturing(index, torch._C._cuda_getCurrentRawStream(index))
+    return _mla.capturing(ordinal(device), stream_of(device))

@@ -15,11 +15,12 @@ With `--fault` there is one launch, and it does what that tool must find.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import functools
 import itertools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -84,12 +85,26 @@ def is_split(case: Case, row: Variant, workers: int) -> bool:
         Batch(case.seq_lens, case.q_lens, case.h_q),
         (row.block_rows, row.block_n, row.merges_pairs),
     )
-    return bool(host_schedule(batch, shape, workers)["splits"])
+    made = host_schedule(batch, shape, workers)
+    return bool(made["splits"]) or any(made["pairs"])
 
 
-def decode(inputs: Inputs, row: Variant, workers: int) -> tuple[torch.Tensor, torch.Tensor]:
+def decode(
+    inputs: Inputs, row: Variant, workers: int, launch: Callable[..., None] = _mla.launch_decode
+) -> tuple[torch.Tensor, torch.Tensor]:
     """As on a GPU with so many SMs, so that the schedule is the same on every GPU."""
+
+    def with_flags(name: str, dtype: str, params: _mla.DecodeParams, *rest: int) -> None:
+        # Flags of pairs may hold anything, but initcheck must have seen it: it does not watch the
+        # kernel by which torch fills a workspace.
+        flags = params.o_partial + 2 * workers * row.block_rows * row.d_v * 4
+        ctypes.CDLL("libcuda.so.1").cuMemcpyHtoD_v2(
+            ctypes.c_uint64(flags), bytes(16 * workers), ctypes.c_size_t(16 * workers)
+        )
+        launch(name, dtype, params, *rest)
+
     _mla.forget()  # what was prepared for another number
+    _mla.redirect(_mla.launch_plan, with_flags, _mla.capturing)
     few = mock.patch.object(
         mla.first_call, "facts", lambda it: replace(facts(it), sm_count=workers)
     )
@@ -150,8 +165,7 @@ def run_fault(tool: str, row: Variant) -> None:
         params.lse = 4096  # nobody's memory
         _mla.launch_decode(name, dtype, params, *rest)
 
-    _mla.redirect(_mla.launch_plan, misdirected, _mla.capturing)
-    decode(inputs, row, FEW)
+    decode(inputs, row, FEW, misdirected)
 
 
 def report(what: str, started: float) -> None:
