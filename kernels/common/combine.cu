@@ -122,7 +122,6 @@ __device__ __forceinline__ void combine(const DecodeParams& p, schedule::Shape s
       const int chunk = first + sharer;
       float4 part_sum[kWarpTiles] = {};
       if (chunk * kChunkParts < num_parts) {
-        if (first > 0) load_chunk(chunk);
         const float weight = exp2_fast(part_lse2 - lse2_base);
 #pragma unroll
         for (int i = 0; i < kChunkParts; ++i) {

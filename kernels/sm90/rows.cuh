@@ -49,7 +49,8 @@ __device__ __forceinline__ bool has_work(const RowBlock& block) { return block.n
 // The worker's next piece with work from number `index` on, in steps of `step`, or the first number outside its range.
 __device__ __forceinline__ int next_piece(const DecodeParams& p, const Piece* pieces, const PlanWorker& worker,
                                           int index, int step, int block_rows) {
-  while (worker.first_piece <= index && index < worker.end_piece) {
+  // Not `first_piece <= index && index < end_piece`: of that nvcc 13.0 makes one step instead of a loop, if it begins at first_piece.
+  while (step > 0 ? index < worker.end_piece : worker.first_piece <= index) {
     if (has_work(make_row_block(p, pieces[index], worker.member, block_rows))) break;
     index += step;
   }
