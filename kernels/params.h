@@ -139,7 +139,7 @@ constexpr int kMinBoxRows = 16;
 
 // Launch shapes of the two small kernels; those of the pipelines are in variants.inc.
 constexpr int kPlanThreads = 512;  // one CTA; the sums over group sizes need more registers than 1024 threads have
-constexpr int kCombineThreads = 256, kCombineCtasPerWorker = 3;  // at most as many as an SM holds
+constexpr int kCombineThreads = 256, kCombineCtasPerWorker = 2;  // at most as many as an SM holds
 
 static_assert(sizeof(TensorMap) == 128);
 static_assert(sizeof(PlanHeader) == 48 && sizeof(PlanWorker) == 64 && sizeof(Piece) == 32 && sizeof(SplitItem) == 32);

@@ -31,7 +31,9 @@ struct Variant {
 constexpr bool fetches_boxes(const Variant& variant) { return variant.min_sm >= 90; }
 
 // Its workers merge pairs (PlanWorker); what others split, the combine kernel merges.
-constexpr bool merges_pairs(const Variant& variant) { return variant.pipeline == "sm90_3wg"; }
+constexpr bool merges_pairs(const Variant& variant) {
+  return variant.pipeline == "sm90_3wg" || variant.pipeline == "sm90_swap";
+}
 
 // In the table's order; the host variant has zeros for the tile.
 extern const Variant kVariants[];

@@ -160,8 +160,10 @@ def test_every_problem_has_its_tiles(d_qk: int, targets: str) -> None:
 
 
 @pytest.mark.parametrize("d_qk", D_V)
-@pytest.mark.parametrize("pipeline", ["sm90_2wg", "sm90_3wg"])
-def test_every_problem_has_its_hopper_tile(d_qk: int, pipeline: str) -> None:
+@pytest.mark.parametrize(
+    ("pipeline", "block_rows"), [("sm90_2wg", 64), ("sm90_3wg", 64), ("sm90_swap", 16)]
+)
+def test_every_problem_has_its_hopper_tile(d_qk: int, pipeline: str, block_rows: int) -> None:
     (row,) = (v for v in GPU_VARIANTS if (v.pipeline, v.d_qk) == (pipeline, d_qk))
-    assert (row.targets, row.block_rows, row.block_n) == ("hopper", 64, 64)
+    assert (row.targets, row.block_rows, row.block_n) == ("hopper", block_rows, 64)
     assert set(row.dtypes) == set(DTYPES.values())

@@ -1,7 +1,7 @@
 // Merges the partial results of split items: out = sum_s w_s o_s with w_s = 2^(lse2_s - lse2), lse2 = log2 sum_s 2^lse2_s.
 //
 // A CTA takes 16 rows of an item and some of their columns, 16 a warp or 16 for several warps, which then share the parts: with
-// few tasks all parts are in flight at once, with many no warp waits for another. Parts are added two at a time, and these sums one
+// few tasks all parts are in flight at once, with many no warp waits for another. Parts are added four at a time, and these sums one
 // after the other, however many warps share them: the bits depend on the parts alone.
 
 #include "dtype.cuh"
@@ -13,7 +13,7 @@ namespace mla {
 
 constexpr int kCombineWarps = kCombineThreads / 32;
 constexpr int kWarpTiles = 2;   // of 8 columns, that a warp merges
-constexpr int kChunkParts = 2;  // that are added before anything else is
+constexpr int kChunkParts = 4;  // that are asked for at once, and added before anything else is
 constexpr int kLanesPerRow = kCombineThreads / kFragmentRows;
 
 // What the kernel before in the stream wrote may be read from here on. It may still run when this one starts.
@@ -75,7 +75,7 @@ __device__ __forceinline__ void combine(const DecodeParams& p, schedule::Shape s
 
     // The first parts of the warp are asked for before anybody knows what they count.
     float4 x[kChunkParts][kWarpTiles];
-    float part_lse2;  // of row lane % 16, of part lane / 16 of the chunk
+    float part_lse2[kChunkParts / 2];  // of row lane % 16, of part lane / 16 of each two
     auto load_chunk = [&](int chunk) {
 #pragma unroll
       for (int i = 0; i < kChunkParts; ++i) {
@@ -86,7 +86,9 @@ __device__ __forceinline__ void combine(const DecodeParams& p, schedule::Shape s
 #pragma unroll
         for (int n = 0; n < kWarpTiles; ++n) x[i][n] = from[n * 32];
       }
-      part_lse2 = lse2_at(chunk * kChunkParts + lane / kFragmentRows, lane % kFragmentRows);
+#pragma unroll
+      for (int i = 0; i < kChunkParts / 2; ++i)
+        part_lse2[i] = lse2_at(chunk * kChunkParts + i * 2 + lane / kFragmentRows, lane % kFragmentRows);
     };
     if (sharer * kChunkParts < num_parts) load_chunk(sharer);
 
@@ -122,11 +124,11 @@ __device__ __forceinline__ void combine(const DecodeParams& p, schedule::Shape s
       const int chunk = first + sharer;
       float4 part_sum[kWarpTiles] = {};
       if (chunk * kChunkParts < num_parts) {
-        const float weight = exp2_fast(part_lse2 - lse2_base);
 #pragma unroll
         for (int i = 0; i < kChunkParts; ++i) {
-          const float upper = __shfl_sync(0xffffffffu, weight, i * kFragmentRows + quad);
-          const float lower = __shfl_sync(0xffffffffu, weight, i * kFragmentRows + quad + 8);
+          const float weight = exp2_fast(part_lse2[i / 2] - lse2_base);
+          const float upper = __shfl_sync(0xffffffffu, weight, i % 2 * kFragmentRows + quad);
+          const float lower = __shfl_sync(0xffffffffu, weight, i % 2 * kFragmentRows + quad + 8);
           if (chunk * kChunkParts + i < num_parts) {
 #pragma unroll
             for (int n = 0; n < kWarpTiles; ++n) add(part_sum[n], upper, lower, x[i][n]);
@@ -149,31 +151,13 @@ __device__ __forceinline__ void combine(const DecodeParams& p, schedule::Shape s
       }
     }
 
-    // Lane 4 g + q stores four columns of its rows: it takes those of two lanes, of tile q / 2.
     if (sharer == 0) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        uint32_t words[kWarpTiles], four[2];
-#pragma unroll
-        for (int n = 0; n < kWarpTiles; ++n) words[n] = half == 0 ? pack2<T>(o[n].x, o[n].y) : pack2<T>(o[n].z, o[n].w);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int from = quad * 4 + lane % 2 * 2 + i;
-          const uint32_t left = __shfl_sync(0xffffffffu, words[0], from),
-                         right = __shfl_sync(0xffffffffu, words[1], from);
-          four[i] = lane % 4 < 2 ? left : right;
-        }
-        const int row = first_row + quad + half * 8, token = divide(row, p.by_h_q), head = row - token * p.lengths.h_q;
-        const float row_lse2 = __shfl_sync(0xffffffffu, lse2, quad + half * 8);
-        if (quad + half * 8 >= num_rows) continue;
-        const int64_t query_token = item.first_token + token;
-        const int column = (column_block * kWarpTiles + lane % 4 / 2) * kFragmentColumns + lane % 2 * 4;
-        auto* out = static_cast<uint16_t*>(p.out) + item.request * p.out_strides.batch +
-                    query_token * p.out_strides.token + head * p.out_strides.head + column;
-        *reinterpret_cast<uint2*>(out) = make_uint2(four[0], four[1]);
-        if (p.lse && column == 0)
-          p.lse[item.request * p.lse_strides.batch + query_token * p.lse_strides.token + head * p.lse_strides.head] =
-              row_lse2 * kLn2;
+      store_fragments<T>(p, item.request, item.first_token, first_row, num_rows,
+                         column_block * kWarpTiles * kFragmentColumns, o);
+      if (p.lse && column_block == 0 && lane < min(num_rows, kFragmentRows)) {
+        const int row = first_row + lane, token = divide(row, p.by_h_q), head = row - token * p.lengths.h_q;
+        p.lse[item.request * p.lse_strides.batch + (item.first_token + token) * p.lse_strides.token +
+              head * p.lse_strides.head] = lse2 * kLn2;
       }
     }
     if (sharing == 1) __syncthreads();  // the states have been read

@@ -4,6 +4,7 @@
 // of 32 lanes has 16 bytes. Lane 4 g + q has columns 2 q and 2 q + 1 of row g, then of row g + 8.
 #pragma once
 
+#include "dtype.cuh"
 #include "math.cuh"
 #include "plan_view.h"
 
@@ -20,6 +21,31 @@ __device__ __forceinline__ float4* partial_fragment(const DecodeParams& p, int b
 }
 __device__ __forceinline__ float* partial_lse2(const DecodeParams& p, int block_rows, int slot, int block_row) {
   return p.lse2_partial + (slot * block_rows + block_row);
+}
+
+// Two fragments beside each other, from column `column` on, as rows of the output: lane 4 g + q stores four columns of its rows, for
+// which it takes those of two lanes, of fragment q / 2. `row`: of the request, the first of 16, of which `num_rows` or fewer exist.
+template <class T>
+__device__ __forceinline__ void store_fragments(const DecodeParams& p, int request, int first_token, int row,
+                                                int num_rows, int column, const float4 (&o)[2]) {
+  const int lane = threadIdx.x % 32, quad = lane / 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    uint32_t words[2], four[2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) words[n] = half == 0 ? pack2<T>(o[n].x, o[n].y) : pack2<T>(o[n].z, o[n].w);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int from = quad * 4 + lane % 2 * 2 + i;
+      const uint32_t left = __shfl_sync(0xffffffffu, words[0], from), right = __shfl_sync(0xffffffffu, words[1], from);
+      four[i] = lane % 4 < 2 ? left : right;
+    }
+    if (quad + half * 8 >= num_rows) continue;
+    const int packed = row + quad + half * 8, token = divide(packed, p.by_h_q), head = packed - token * p.lengths.h_q;
+    auto* out = static_cast<uint16_t*>(p.out) + request * p.out_strides.batch +
+                (first_token + token) * p.out_strides.token + head * p.out_strides.head + column;
+    *reinterpret_cast<uint2*>(out + lane % 4 / 2 * kFragmentColumns + lane % 2 * 4) = make_uint2(four[0], four[1]);
+  }
 }
 
 // The kernel behind this one in the stream, if it was launched to, may start; it waits for this one's results by itself.

@@ -79,10 +79,10 @@ __device__ __forceinline__ void copy_q(const DecodeParams& p, const RowBlock& bl
     const uint32_t to = q_at + swizzled(block_row, unit);
 #pragma unroll
     for (int chunk = 0; chunk < L::v_chunks; ++chunk)
-      cp_async_16(to + chunk * kChunkBytes, nope + chunk * kChunkColumns + unit * 8, exists);
+      cp_async_16(to + chunk * L::q_chunk_bytes, nope + chunk * kChunkColumns + unit * 8, exists);
     if constexpr (L::rope > 0) {
       const auto* rope = static_cast<const uint16_t*>(p.q_rope) + row_offset(p, block, from_row, p.q_rope_strides);
-      if (unit * 8 < L::rope) cp_async_16(to + L::v_chunks * kChunkBytes, rope + unit * 8, exists);
+      if (unit * 8 < L::rope) cp_async_16(to + L::v_chunks * L::q_chunk_bytes, rope + unit * 8, exists);
     }
   }
 }

@@ -38,7 +38,7 @@ struct Number {
 template <class C>
 struct Smem2wg {
   using L = TileLayout<C>;
-  unsigned char q[L::bytes];
+  unsigned char q[L::q_bytes];
   unsigned char kv[C::stages][L::bytes];
   unsigned char p[kChunkBytes];              // of the latest tile; who writes the next one has multiplied it
   float row_max[kGroups][C::block_rows];     // that the P of a warpgroup's latest tile refers to

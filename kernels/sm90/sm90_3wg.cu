@@ -18,14 +18,14 @@
 #include <cstddef>
 
 #include "../common/entry.cuh"
-#include "rows.cuh"
+#include "walk.cuh"
 
 namespace mla::sm90 {
 
 constexpr int kWarpgroupThreads = 128, kWarpgroupWarps = 4, kConsumers = 2;
 // 3 * 128 threads start with 168 each; these add up to as many.
 constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
-constexpr int kCopyWarps = 2;  // of the producer: that load KV, and as many that copy Q
+constexpr int kCopyWarps = 2;  // of the producer, that load KV; the others copy Q
 
 // Named barriers; 0 is __syncthreads.
 enum Barrier : int {
@@ -38,7 +38,7 @@ enum Barrier : int {
 
 template <class C>
 struct Smem {
-  uint8_t q[TileLayout<C>::bytes];
+  uint8_t q[TileLayout<C>::q_bytes];
   uint8_t tiles[C::stages][TileLayout<C>::bytes];
   uint8_t p[kChunkBytes];                             // of the latest tile; whoever writes the next has multiplied it
   RowBlock block[2];                                  // by parity of the piece; no tiles: there is no more
@@ -110,29 +110,9 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
       prefetch_tensor_map(&p.latent_map);
       if (L::rope > 0) prefetch_tensor_map(&p.rope_map);
     }
-    const schedule::PlanView plan = schedule::view(p.plan, p.num_workers);
-    const PlanWorker worker = plan.workers[blockIdx.x];
-    // From the last piece to the first: that may have to be merged with the last one of the group before, which is then long there.
-    auto next_piece_at = [&](int index) { return next_piece(p, plan.pieces, worker, index, -1, C::block_rows); };
-    auto block_of = [&](int index) {  // without tiles, if there is no such piece
-      RowBlock block{};
-      if (index >= worker.first_piece) block = make_row_block(p, plan.pieces[index], worker.member, C::block_rows);
-      return block;
-    };
-    int index = worker.end_piece - 1;
-    RowBlock block = make_row_block(p, worker.last, worker.member, C::block_rows);
-    auto begin_next_piece = [&] {
-      index = next_piece_at(index - 1);
-      block = block_of(index);
-    };
-    if (index < worker.first_piece || !has_work(block)) begin_next_piece();
-    // Of the lane's box, in this tile of the piece or in one of the next, or of the lane's row in this tile.
-    auto box_slot_at = [&](int tile) { return box_slot(p, block.request, block.first_tile + tile, block.len); };
-    auto row_slot_at = [&](int tile) {
-      return slot_of(p, block.request, (block.first_tile + tile) * kTileTokens + warp * 32 + lane, block.len);
-    };
+    PieceWalk<C> walk(p);
     Slot slot{};
-    if (warp < kCopyWarps) slot = has_boxes(p) ? box_slot_at(0) : row_slot_at(0);
+    if (warp < kCopyWarps) slot = has_boxes(p) ? walk.box_slot_at(0) : walk.row_slot_at(0, warp * 32 + lane);
     __syncwarp();                               // its lanes may have come by different ways
     named_barrier_sync(kCanBegin, C::threads);  // with everybody
     let_next_kernel_start();
@@ -148,14 +128,14 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
     auto load_boxes_of_pieces = [&](int half) {
       RingPlace<C> at;
       int landed_parity = 0;
-      while (index >= worker.first_piece) {
-        const int len = warp_uniform(block.len);
-        const int first_tile = warp_uniform(block.first_tile), num_tiles = warp_uniform(block.num_tiles);
+      while (walk.more()) {
+        const int len = warp_uniform(walk.block.len);
+        const int first_tile = warp_uniform(walk.block.first_tile), num_tiles = warp_uniform(walk.block.num_tiles);
         for (int tile = 0; tile < num_tiles; ++tile, at.advance()) {
           const int tokens = tokens_of_tile(first_tile + tile, len);
           const Boxes boxes = all_boxes(p, slot, tile % kLookupTiles);
           // Of the next tiles: on its way while the stage of this one becomes free.
-          if ((tile + 1) % kLookupTiles == 0) slot = box_slot_at(tile + 1);
+          if ((tile + 1) % kLookupTiles == 0) slot = walk.box_slot_at(tile + 1);
           const int first = half * L::half_chunks;
           const bool with_rope = L::rope > 0 && tile % 2 == half;
           auto load = [&](int chunk) {
@@ -190,8 +170,8 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
             if (lane < chunks) mbarrier_arrive(full_at(at.stage, chunk_of(half, lane)));
           }
         }
-        begin_next_piece();
-        slot = box_slot_at(0);
+        walk.advance();
+        slot = walk.box_slot_at(0);
       }
       return at;
     };
@@ -208,10 +188,10 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
         __syncwarp();  // all lanes have fenced their copies
         if (lane < copying_chunks) mbarrier_arrive(full_at(copying.stage, chunk_of(copying_half, lane)));
       };
-      while (index >= worker.first_piece) {
-        for (int tile = 0; tile < block.num_tiles; ++tile, at.advance()) {
+      while (walk.more()) {
+        for (int tile = 0; tile < walk.block.num_tiles; ++tile, at.advance()) {
           const RowAddress row = row_address(p, slot);
-          if (tile + 1 < block.num_tiles) slot = row_slot_at(tile + 1);
+          if (tile + 1 < walk.block.num_tiles) slot = walk.row_slot_at(tile + 1, warp * 32 + lane);
           for (int i = 0; i < 2; ++i) {
             const int half = half_of(tile, i);
             if (!__all_sync(0xffffffffu, mbarrier_test(free_at(at.stage, half), at.parity ^ 1))) {
@@ -229,44 +209,23 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
             copying = at, copying_half = half, copying_chunks = chunks_of(i);
           }
         }
-        begin_next_piece();
-        slot = row_slot_at(0);
+        walk.advance();
+        slot = walk.row_slot_at(0, warp * 32 + lane);
       }
       cp_async_wait<0>();
       announce();
       return at;
     };
 
-    // ---- Q, and what the piece is ----
-
-    auto copy_q_of_pieces = [&] {
-      for (int parity = 0;; parity ^= 1) {  // of the piece
-        const bool more = index >= worker.first_piece;
-        block.group_size = worker.group_size;
-        if (more && index == worker.first_piece) block.pairs |= worker.pairs & kMergesFirst;
-        if (more && index == worker.end_piece - 1) block.pairs |= worker.pairs & kLeavesLast;
-        mbarrier_wait(q_free, parity ^ 1);  // nobody reads Q any more, nor the block before the last
-        if (more) copy_q<C>(p, block, smem, threadIdx.x % (32 * kCopyWarps), 32 * kCopyWarps);
-        if (warp == kCopyWarps && lane == 0) store_shared_struct(block_at(parity), block);
-        cp_async_commit();
-        cp_async_wait<0>();
-        fence_proxy_async();
-        __syncwarp();  // all lanes have fenced their copies
-        if (lane == 0) mbarrier_arrive(q_full);
-        if (!more) break;
-        begin_next_piece();
-      }
-    };
-
     // ---- behind the last piece: what another worker left of it. Into the stages, half of the rows each, while the last tiles are
     // computed ----
 
     auto load_other_partial = [&](RingPlace<C> at) {
-      const RowBlock block = block_of(worker.first_piece);
+      const RowBlock block = walk.first_block();
       if (!has_work(block)) return;
       constexpr int row_tile_bytes = kFragmentRows * C::d_v * static_cast<int>(sizeof(float));
       static_assert(2 * row_tile_bytes <= L::bytes && C::stages >= 2);
-      const int slot = block.partial_slot - worker.group_size;  // of the group before
+      const int slot = block.partial_slot - walk.worker.group_size;  // of the group before
       int bytes = (min(block.num_rows, C::block_rows) + kFragmentRows - 1) / kFragmentRows * row_tile_bytes;
       const auto* from = reinterpret_cast<const unsigned char*>(p.o_partial) + int64_t{slot} * 4 * row_tile_bytes;
       if (lane == 0) {
@@ -282,10 +241,10 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
     };
 
     if (warp >= kCopyWarps) {
-      copy_q_of_pieces();
+      copy_q_of_pieces<C>(p, walk, smem, block_at(0), q_full, q_free);
     } else {
       const RingPlace<C> end = has_boxes(p) ? load_boxes_of_pieces(warp) : copy_rows_of_pieces();
-      if (warp == 0 && worker.pairs & kMergesFirst) load_other_partial(end);
+      if (warp == 0 && walk.worker.pairs & kMergesFirst) load_other_partial(end);
     }
   } else {
     if (threadIdx.x == 0) {
@@ -296,7 +255,7 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
         mbarrier_init(free_rope_at(stage), kWarpgroupWarps);
       }
       for (int half = 0; half < kConsumers; ++half) mbarrier_init(landed_at(half), 1);
-      mbarrier_init(q_full, kCopyWarps);
+      mbarrier_init(q_full, kQWarps);
       mbarrier_init(q_free, kConsumers * kWarpgroupWarps);
       mbarrier_init(other_there, 1);
       fence_mbarrier_init();

@@ -21,13 +21,14 @@ struct TileLayout {
   static constexpr int half_chunks = v_chunks / 2;                // of the half of O's columns that a warpgroup owns
   static constexpr int k_chunks = v_chunks + (rope > 0 ? 1 : 0);  // that are loaded, and of Q
   static constexpr int last_chunk = v_chunks;                     // RoPE
-  static constexpr int bytes = k_chunks * kChunkBytes;            // of a tile, and of Q
-  static constexpr int o_registers = C::d_v / 4;                  // of a thread, for 64 rows of half of the columns
+  static constexpr int bytes = k_chunks * kChunkBytes;            // of a tile
+  static constexpr int q_chunk_bytes = C::block_rows * kRowBytes, q_bytes = k_chunks * q_chunk_bytes;
+  static constexpr int o_registers = C::d_v * C::block_rows / 256;  // of a thread, for half of the columns
 
   __host__ __device__ static constexpr int columns(int chunk) { return chunk < v_chunks ? kChunkColumns : rope; }
   __host__ __device__ static constexpr int k_steps(int chunk) { return columns(chunk) / 16; }
-  static_assert(C::block_rows == 64 && C::block_n == kTileTokens && C::d_v % (2 * kChunkColumns) == 0 && rope >= 0 &&
-                rope <= kChunkColumns && rope % 16 == 0);
+  static_assert(C::block_rows % 16 == 0 && C::block_rows <= 64 && C::block_n == kTileTokens &&
+                C::d_v % (2 * kChunkColumns) == 0 && rope >= 0 && rope <= kChunkColumns && rope % 16 == 0);
 };
 
 // Byte of 16-byte unit `unit` of row `row` in a chunk.

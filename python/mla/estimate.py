@@ -31,7 +31,13 @@ class Costs(NamedTuple):
 SM80 = Costs(20.3, 0.82, False, {16: 0.40, 32: 0.55, 64: 0.75}, {16: 1.26, 32: 1.58, 64: 2.40})
 SM90_2WG = Costs(17.1, 0.86, True, {64: 0.80}, {64: 4.8}, copy_gbs_per_sm=24.5)
 SM90_3WG = Costs(16.7, 0.89, True, {64: 0.80}, {64: 5.3}, copy_gbs_per_sm=26.5)
-COSTS = {"sm80": SM80, "sm90_2wg": SM90_2WG, "sm90_3wg": SM90_3WG}  # by pipeline
+SM90_SWAP = Costs(14.2, 0.89, True, {16: 0.40}, {16: 1.31}, copy_gbs_per_sm=25.0)
+COSTS = {
+    "sm80": SM80,
+    "sm90_2wg": SM90_2WG,
+    "sm90_3wg": SM90_3WG,
+    "sm90_swap": SM90_SWAP,
+}  # by pipeline
 
 # The L2 of the H200 serves 9.0 to 9.4 TB/s: what row blocks re-read costs half of the first read.
 L2_PER_BANDWIDTH = 2.0

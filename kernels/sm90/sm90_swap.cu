@@ -1,0 +1,460 @@
+// MLA decode for sm_90 and few rows: operands swapped, so that KV tokens, and V's columns, fill the 64 rows of a wgmma instead of query rows.
+// One persistent CTA per SM: two warpgroups compute, a third one loads.
+//
+// A CTA walks the pieces that the schedule gives it: a block of 16 or 32 packed query rows and a range of 64-token KV tiles each. Q stays
+// in shared memory for a piece. KV goes round a ring of 8 KB chunks, 64 columns of a tile each, that runs on from piece to piece.
+//
+//   loads    A warp of the third warpgroup fetches chunk behind chunk, as soon as there is room, by TMA; or two warps copy half of its
+//            rows each by cp.async, where pages have no usable boxes. Two more fetch Q of the next piece, and say what it is.
+//   logits   Two tiles at a time, one each warpgroup: S^T[64 tokens, rows] = K Q^T.
+//   softmax  The warpgroups agree on the max of both tiles; P^T goes to shared memory.
+//   values   Warpgroup w owns half w of O's columns: O^T[64 columns, rows] += V^T P^T, for 64 columns of a chunk at a time, of both tiles.
+//
+// Nothing of this overlaps but with the loads: the products of a tile take less than half of the time that its bytes take. Schedule,
+// budgets, barriers: sm90_swap.md.
+
+#include <cstddef>
+
+#include "../common/entry.cuh"
+#include "walk.cuh"
+
+namespace mla::sm90 {
+
+constexpr int kWarpgroupThreads = 128, kWarpgroupWarps = 4, kConsumers = 2;
+constexpr int kConsumerThreads = kConsumers * kWarpgroupThreads;
+constexpr int kCopyWarps = 2;    // of the producer, that load KV; the others copy Q
+constexpr int kCopiesAhead = 6;  // chunks by cp.async that are in flight
+
+// Named barriers; 0 is __syncthreads.
+enum Barrier : int {
+  kMaxReady = 1,  // the maxima of both tiles are there; nobody reads the P before. Both warpgroups
+  kPReady = 2,    // P of both tiles is there. Both warpgroups
+  kResult = 3,    // sums, or partial results, are there. Both warpgroups
+};
+
+template <class C>
+struct Smem {
+  uint8_t q[TileLayout<C>::q_bytes];
+  uint8_t ring[C::stages][kChunkBytes];
+  uint8_t p[kConsumers][C::block_rows * kRowBytes];             // [rows][tokens], of each warpgroup's tile
+  RowBlock block[2];                                            // by parity of the piece; no tiles: there is no more
+  float tile_max[kConsumers * kWarpgroupWarps][C::block_rows];  // of the 16 tokens of a warp
+  float row_sum[kConsumers * kWarpgroupWarps][C::block_rows];   // of P over the piece, of a warp's tokens
+  float row_max[C::block_rows];                                 // that P refers to at last
+  uint64_t full[C::stages];                                     // the chunk is there
+  uint64_t free[C::stages];                                     // nobody reads it any more
+  uint64_t landed;  // the last tile of a request is there, but for its zeros
+  uint64_t q_full, q_free;
+};
+
+// A chunk's place in the ring, and the parity of the round.
+template <class C>
+struct RingPlace {
+  int slot = 0, parity = 0;
+  __device__ __forceinline__ void advance(int chunks) {
+    slot += chunks;
+    if (slot >= C::stages) slot -= C::stages, parity ^= 1;
+  }
+  __device__ __forceinline__ RingPlace after(int chunks) const {
+    RingPlace next = *this;
+    next.advance(chunks);
+    return next;
+  }
+};
+
+template <class C, int SmemBytes>
+__device__ __forceinline__ void decode_swap(const DecodeParams& p) {
+  using T = typename C::Element;
+  using L = TileLayout<C>;
+  constexpr int rows = C::block_rows, columns = rows / 8;  // n-tiles of 8 query rows
+  constexpr uint32_t alignment = kSwizzleRows * kRowBytes;
+  static_assert(C::threads == (kConsumers + 1) * kWarpgroupThreads && C::stages >= 2 * L::k_chunks);
+  static_assert(sizeof(Smem<C>) + alignment == SmemBytes,
+                "the smem column of variants.inc must be sizeof(Smem) + what aligning it may take");
+  extern __shared__ __align__(1024) unsigned char smem_bytes[];
+  const uint32_t smem = (shared_address(smem_bytes) + alignment - 1) / alignment * alignment;
+  auto at = [&](size_t offset) { return smem + static_cast<uint32_t>(offset); };
+  auto chunk_at = [&](int slot) { return at(offsetof(Smem<C>, ring)) + slot * kChunkBytes; };
+  auto block_at = [&](int parity) {
+    return at(offsetof(Smem<C>, block)) + parity * static_cast<uint32_t>(sizeof(RowBlock));
+  };
+  auto tile_max_at = [&](int warp, int row) { return at(offsetof(Smem<C>, tile_max)) + (warp * rows + row) * 4; };
+  auto row_sum_at = [&](int warp, int row) { return at(offsetof(Smem<C>, row_sum)) + (warp * rows + row) * 4; };
+  auto row_max_at = [&](int row) { return at(offsetof(Smem<C>, row_max)) + row * 4; };
+  auto full_at = [&](int slot) { return at(offsetof(Smem<C>, full)) + slot * kMbarrierBytes; };
+  auto free_at = [&](int slot) { return at(offsetof(Smem<C>, free)) + slot * kMbarrierBytes; };
+  const uint32_t landed = at(offsetof(Smem<C>, landed)), q_full = at(offsetof(Smem<C>, q_full)),
+                 q_free = at(offsetof(Smem<C>, q_free));
+
+  const int warpgroup = warp_uniform(threadIdx.x / kWarpgroupThreads);
+  const int warp = warp_uniform(threadIdx.x % kWarpgroupThreads / 32), lane = threadIdx.x % 32;
+  if (warpgroup == kConsumers) {
+    // What the first box needs is looked up at once: a CTA with little to do spends most of its time on these, one behind the other.
+    if (warp == 0 && has_boxes(p) && elect_lane()) {
+      prefetch_tensor_map(&p.latent_map);
+      if (L::rope > 0) prefetch_tensor_map(&p.rope_map);
+    }
+    PieceWalk<C> walk(p);
+    Slot slot{};
+    if (warp < kCopyWarps) slot = has_boxes(p) ? walk.box_slot_at(0) : walk.row_slot_at(0, warp * 32 + lane);
+    __syncwarp();     // its lanes may have come by different ways
+    __syncthreads();  // the mbarriers are there
+    let_next_kernel_start();
+
+    // Where a tile would begin whose chunk `chunk` is here.
+    auto tile_at = [&](RingPlace<C> place, int chunk) { return chunk_at(place.slot) - chunk * kChunkBytes; };
+
+    auto load_boxes_of_pieces = [&] {
+      RingPlace<C> place;
+      int landed_parity = 0;
+      while (walk.more()) {
+        const int len = warp_uniform(walk.block.len);
+        const int first_tile = warp_uniform(walk.block.first_tile), num_tiles = warp_uniform(walk.block.num_tiles);
+        for (int tile = 0; tile < num_tiles; ++tile) {
+          const int tokens = tokens_of_tile(first_tile + tile, len);
+          const Boxes boxes = all_boxes(p, slot, tile % kLookupTiles);
+          if ((tile + 1) % kLookupTiles == 0) slot = walk.box_slot_at(tile + 1);
+          if (tokens == kTileTokens) {
+#pragma unroll 1
+            for (int chunk = 0; chunk < L::k_chunks; ++chunk, place.advance(1)) {
+              mbarrier_wait(free_at(place.slot), place.parity ^ 1);  // pairs with release(), a round before
+              if (elect_lane()) {
+                mbarrier_arrive_expect(full_at(place.slot), kChunkBytes);
+                load_chunk<C>(p, tile_at(place, chunk), chunk, boxes, kTileTokens, full_at(place.slot));
+              }
+            }
+          } else {  // the end of the request: the values behind it become zeros before anybody sees the tile
+            RingPlace<C> of = place;
+            for (int chunk = 0; chunk < L::k_chunks; ++chunk, of.advance(1))
+              mbarrier_wait(free_at(of.slot), of.parity ^ 1);
+            of = place;
+            if (tokens > 0) {
+              if (elect_lane()) {
+                mbarrier_arrive_expect(landed, L::k_chunks * box_bytes(p, tokens));
+#pragma unroll 1
+                for (int chunk = 0; chunk < L::k_chunks; ++chunk, of.advance(1))
+                  load_chunk<C>(p, tile_at(of, chunk), chunk, boxes, tokens, landed);
+              }
+              mbarrier_wait(landed, landed_parity);
+              landed_parity ^= 1;
+            }
+            of = place;
+            for (int chunk = 0; chunk < L::k_chunks; ++chunk, of.advance(1))
+              if (chunk < L::v_chunks) zero_rows(chunk_at(of.slot), 1, tokens, lane, 32);
+            fence_proxy_async();
+            __syncwarp();  // all lanes have fenced their zeros
+            if (lane < L::k_chunks) mbarrier_arrive(full_at(place.after(lane).slot));
+            place.advance(L::k_chunks);
+          }
+        }
+        walk.advance();
+        slot = walk.box_slot_at(0);
+      }
+    };
+
+    auto copy_rows_of_pieces = [&] {
+      RingPlace<C> place, announced;
+      int ahead = 0;  // chunks from the one to be announced next to the one to be copied next
+      auto announce = [&] {
+        fence_proxy_async();
+        __syncwarp();  // all lanes have fenced their copies
+        if (lane == 0) mbarrier_arrive(full_at(announced.slot));
+        announced.advance(1);
+        --ahead;
+      };
+      while (walk.more()) {
+        for (int tile = 0; tile < walk.block.num_tiles; ++tile) {
+          const RowAddress row = row_address(p, slot);
+          if (tile + 1 < walk.block.num_tiles) slot = walk.row_slot_at(tile + 1, warp * 32 + lane);
+          for (int chunk = 0; chunk < L::k_chunks; ++chunk, place.advance(1)) {
+            if (!__all_sync(0xffffffffu, mbarrier_test(free_at(place.slot), place.parity ^ 1))) {
+              cp_async_wait<0>();  // who frees this chunk may first need what is in flight
+              while (ahead > 0) announce();
+              mbarrier_wait(free_at(place.slot), place.parity ^ 1);  // pairs with release(), a round before
+            }
+            copy_rows<C>(tile_at(place, chunk), chunk, warp * 32, row);
+            cp_async_commit();
+            if (++ahead > kCopiesAhead) {
+              cp_async_wait<kCopiesAhead>();
+              announce();
+            }
+          }
+        }
+        walk.advance();
+        slot = walk.row_slot_at(0, warp * 32 + lane);
+      }
+      cp_async_wait<0>();
+      while (ahead > 0) announce();
+    };
+
+    if (warp >= kCopyWarps) copy_q_of_pieces<C>(p, walk, smem, block_at(0), q_full, q_free);
+    else if (!has_boxes(p)) copy_rows_of_pieces();
+    else if (warp == 0) load_boxes_of_pieces();
+  } else {
+    if (threadIdx.x == 0) {
+      for (int slot = 0; slot < C::stages; ++slot) {
+        mbarrier_init(full_at(slot), has_boxes(p) ? 1 : kCopyWarps);
+        mbarrier_init(free_at(slot), kWarpgroupWarps);
+      }
+      mbarrier_init(landed, 1);
+      mbarrier_init(q_full, kQWarps);
+      mbarrier_init(q_free, kConsumers * kWarpgroupWarps);
+      fence_mbarrier_init();
+    }
+    __syncthreads();  // the mbarriers are there
+    let_next_kernel_start();
+    const int quad = lane / 4,
+              pair = lane % 4 * 2;  // accumulators: tokens, or columns, quad and quad + 8; query rows pair, pair + 1
+    const uint64_t q_operand = k_major(smem), k_operand = k_major(chunk_at(0)), v_operand = mn_major(chunk_at(0));
+    const uint64_t p_operand = k_major(at(offsetof(Smem<C>, p)));
+    constexpr uint64_t q_chunk_step = descriptor_step(L::q_chunk_bytes), p_step = descriptor_step(rows * kRowBytes);
+    auto in_slot = [](uint64_t operand, int slot) {
+      return pinned(operand + static_cast<uint64_t>(slot) * kChunkStep);
+    };
+
+    float s[rows / 2], o[L::half_chunks][rows / 2];
+    float max[columns * 2], sum[columns * 2];  // of query row 8 n + pair + j: number 2 n + j
+    RingPlace<C> place;                        // of the first chunk of the next tile
+
+    auto arrive = [&](uint32_t mbarrier) {  // of this warp, once its wgmmas are done
+      if (lane == 0) mbarrier_arrive(mbarrier);
+    };
+    auto compute_logits = [&](RingPlace<C> tile) {
+      pin(s);
+      unrolled<L::k_chunks>([&](auto i) {
+        constexpr int chunk = i.value;
+        const RingPlace<C> from = tile.after(chunk);
+        mbarrier_wait(full_at(from.slot), from.parity);  // pairs with the producer's loads and arrivals
+        wgmma_fence();
+        const uint64_t a = in_slot(k_operand, from.slot), b = pinned(q_operand + chunk * q_chunk_step);
+#pragma unroll
+        for (int k = 0; k < L::k_steps(chunk); ++k) {
+          if (chunk == 0 && k == 0) wgmma_kq<T, false>(s, a, b);
+          else wgmma_kq<T, true>(s, a + k * kColumnStep, b + k * kColumnStep);
+        }
+      });
+      wgmma_commit();
+      wgmma_wait<0>();
+      pin(s);
+    };
+    auto issue_values = [&](RingPlace<C> tile, int of) {
+      wgmma_fence();
+      unrolled<L::half_chunks>([&](auto i) {
+        const uint64_t a = in_slot(v_operand, tile.after(warpgroup * L::half_chunks + i.value).slot);
+        const uint64_t b = pinned(p_operand + of * p_step);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) wgmma_vp<T>(o[i.value], a + k * kTokenStep, b + k * kColumnStep);
+      });
+      wgmma_commit();
+    };
+    auto release =
+        [&](RingPlace<C> tile) {  // this warpgroup's half of the columns; pairs with the producer's wait, a round later
+          if (lane < L::half_chunks) mbarrier_arrive(free_at(tile.after(warpgroup * L::half_chunks + lane).slot));
+        };
+
+#pragma unroll 1
+    for (int parity = 0;; parity ^= 1) {  // of the piece
+      mbarrier_wait(q_full, parity);      // pairs with copy_q_of_pieces
+      int num_tiles, unmasked_tiles, visible[columns * 2];
+      {
+        RowBlock block;
+        load_shared_struct(block, block_at(parity));
+        num_tiles = warp_uniform(block.num_tiles);
+        unmasked_tiles = warp_uniform(block.unmasked_tiles);
+#pragma unroll
+        for (int i = 0; i < columns * 2; ++i)
+          visible[i] =
+              visible_tokens(p, block, i / 2 * 8 + pair + i % 2) - block.first_tile * kTileTokens - warp * 16 - quad;
+      }
+      if (num_tiles == 0) break;
+#pragma unroll
+      for (int chunk = 0; chunk < L::half_chunks; ++chunk)
+#pragma unroll
+        for (int i = 0; i < rows / 2; ++i) o[chunk][i] = 0.f;
+#pragma unroll
+      for (int i = 0; i < columns * 2; ++i) max[i] = kNoMax, sum[i] = 0.f;
+
+#pragma unroll 1
+      for (int first = 0; first < num_tiles; first += 2) {
+        const int tile = first + warpgroup;
+        const bool two = first + 1 < num_tiles, has_tile = warpgroup == 0 || two;
+        const RingPlace<C> second = place.after(L::k_chunks);
+        float tile_max[columns * 2], factor[columns * 2];
+        if (has_tile) {
+          compute_logits(warpgroup == 0 ? place : second);
+          if (L::rope > 0) arrive(free_at((warpgroup == 0 ? place : second).after(L::last_chunk).slot));
+#pragma unroll
+          for (int i = 0; i < rows / 2; ++i) s[i] *= p.scale_log2;
+          if (tile >= unmasked_tiles)
+#pragma unroll
+            for (int i = 0; i < rows / 2; ++i)
+              if (i / 2 % 2 * 8 >= visible[i / 4 * 2 + i % 2] - tile * kTileTokens) s[i] = kNegInf;
+        }
+        if (first + 2 >= num_tiles) arrive(q_free);  // pairs with copy_q_of_pieces
+#pragma unroll
+        for (int i = 0; i < columns * 2; ++i) {
+          float x = has_tile ? fmaxf(s[i / 2 * 4 + i % 2], s[i / 2 * 4 + 2 + i % 2]) : kNegInf;
+#pragma unroll
+          for (int step = 4; step < 32; step *= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
+          tile_max[i] = x;
+        }
+        if (quad == 0)
+#pragma unroll
+          for (int n = 0; n < columns; ++n)
+            store_shared(tile_max_at(warpgroup * kWarpgroupWarps + warp, n * 8 + pair), tile_max[n * 2],
+                         tile_max[n * 2 + 1]);
+        named_barrier_sync(kMaxReady, kConsumerThreads);  // with itself
+#pragma unroll
+        for (int n = 0; n < columns; ++n) {
+          float both[2] = {kNegInf, kNegInf};
+#pragma unroll
+          for (int i = 0; i < kConsumers * kWarpgroupWarps; ++i) {
+            float x[2];
+            load_shared(x, tile_max_at(i, n * 8 + pair));
+            both[0] = fmaxf(both[0], x[0]), both[1] = fmaxf(both[1], x[1]);
+          }
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const int i = n * 2 + j;
+            const float raised = both[j] > max[i] + kMaxGrowth ? both[j] : max[i];
+            factor[i] = exp2_fast(max[i] - raised);
+            max[i] = raised;
+            sum[i] *= factor[i];
+          }
+        }
+        if (has_tile) {
+          uint32_t packed[rows / 4];  // tokens quad and quad + 8 apart: an 8 x 8 tile of P a register
+#pragma unroll
+          for (int i = 0; i < rows / 2; ++i) {
+            s[i] = exp2_fast(s[i] - max[i / 4 * 2 + i % 2]);
+            sum[i / 4 * 2 + i % 2] += s[i];
+          }
+#pragma unroll
+          for (int i = 0; i < rows / 4; ++i) packed[i] = pack2<T>(s[i * 2], s[i * 2 + 1]);
+          const uint32_t to = at(offsetof(Smem<C>, p)) + warpgroup * rows * kRowBytes;
+#pragma unroll
+          for (int n = 0; n < columns;
+               n += 2) {  // 16 query rows and the warp's 16 tokens: lane i addresses row i % 8 of tile i / 8
+            const uint32_t four[4] = {packed[n * 2], packed[n * 2 + 1], packed[n * 2 + 2], packed[n * 2 + 3]};
+            stmatrix_x4_trans(to + swizzled(n * 8 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2), four);
+          }
+          fence_proxy_async();
+        }
+        named_barrier_sync(kPReady, kConsumerThreads);  // with itself
+
+        bool grew = false;
+#pragma unroll
+        for (int i = 0; i < columns * 2; ++i) grew |= factor[i] != 1.f;
+        if (__any_sync(0xffffffffu, grew))
+#pragma unroll
+          for (int chunk = 0; chunk < L::half_chunks; ++chunk)
+#pragma unroll
+            for (int i = 0; i < rows / 2; ++i) o[chunk][i] *= factor[i / 4 * 2 + i % 2];
+#pragma unroll
+        for (int chunk = 0; chunk < L::half_chunks; ++chunk) pin(o[chunk]);
+        issue_values(place, 0);
+        if (two) {
+          issue_values(second, 1);
+          wgmma_wait<1>();
+          release(place);
+        }
+        wgmma_wait<0>();
+#pragma unroll
+        for (int chunk = 0; chunk < L::half_chunks; ++chunk) pin(o[chunk]);
+        release(two ? second : place);
+        place = two ? second.after(L::k_chunks) : second;
+      }
+
+      // ---- the results ----
+
+#pragma unroll
+      for (int i = 0; i < columns * 2; ++i)
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], step);
+      if (quad == 0)
+#pragma unroll
+        for (int n = 0; n < columns; ++n) {
+          store_shared(row_sum_at(warpgroup * kWarpgroupWarps + warp, n * 8 + pair), sum[n * 2], sum[n * 2 + 1]);
+          if (warpgroup == 0 && warp == 0) store_shared(row_max_at(n * 8 + pair), max[n * 2], max[n * 2 + 1]);
+        }
+      named_barrier_sync(kResult, kConsumerThreads);  // with itself
+      RowBlock block;
+      load_shared_struct(block, block_at(parity));
+      const bool merges = warp_uniform(block.pairs) & kMergesFirst;
+      const bool leaves = warp_uniform(block.partial_slot) >= 0 && !merges;
+      const int other_slot = block.partial_slot - block.group_size;  // of the group before
+      if (merges) {
+        if (threadIdx.x == 0) wait_for_partial(p, rows, C::d_v, other_slot);
+        named_barrier_sync(kMaxReady, kConsumerThreads);  // with itself: it is there
+      }
+#pragma unroll
+      for (int row_tile = 0; row_tile < rows / kFragmentRows; ++row_tile) {
+        if (row_tile * kFragmentRows >= block.num_rows) break;
+        float scale[2], other[2], lse2[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = row_tile * kFragmentRows + quad + half * 8;
+          float total = 0.f;
+#pragma unroll
+          for (int i = 0; i < kConsumers * kWarpgroupWarps; ++i) total += load_shared(row_sum_at(i, row));
+          scale[half] = total == 0.f ? 0.f : 1.f / total;
+          lse2[half] = lse2_of(load_shared(row_max_at(row)), total);
+          other[half] = 0.f;
+          if (merges) {
+            const float other_lse2 = row < block.num_rows ? __ldcg(partial_lse2(p, rows, other_slot, row)) : kNegInf;
+            const PairWeights weights = pair_weights(lse2[half], other_lse2);
+            scale[half] *= weights.own, other[half] = weights.other, lse2[half] = weights.lse2;
+          }
+          if (warpgroup == 0 && warp == 0 && lane % 4 == 0 && row < block.num_rows)
+            store_lse<C>(p, block, row, lse2[half], leaves);
+        }
+        // O^T becomes O as fragments have it: neighbouring lanes exchange a row for a column, then each takes its place.
+#pragma unroll
+        for (int chunk = 0; chunk < L::half_chunks; ++chunk) {
+          const int column_tile = (warpgroup * L::half_chunks + chunk) * (kChunkColumns / kFragmentColumns) + warp * 2;
+          float4 fragment[2];
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {  // of the warp's 16 columns
+            const bool odd = quad & 1;
+            float x[4];
+#pragma unroll
+            for (int upper = 0; upper < 2; ++upper) {  // of the 16 rows
+              const float* from = &o[chunk][(row_tile * 2 + upper) * 4 + half * 2];
+              const float kept = odd ? from[1] : from[0], got = lane_swap(odd ? from[0] : from[1], 4);
+              x[upper * 2] = odd ? got : kept;
+              x[upper * 2 + 1] = odd ? kept : got;
+            }
+            const int from_lane = (lane % 4 * 2 + (quad & 1)) * 4 + quad / 2;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) x[i] = __shfl_sync(0xffffffffu, x[i], from_lane);
+            fragment[half] = make_float4(x[0] * scale[0], x[1] * scale[0], x[2] * scale[1], x[3] * scale[1]);
+          }
+          if (merges) {
+            const float4* from = partial_fragment(p, rows, C::d_v, other_slot, row_tile, column_tile);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const float4 x = __ldcg(from + half * 32);
+              fragment[half].x += other[0] * x.x, fragment[half].y += other[0] * x.y;
+              fragment[half].z += other[1] * x.z, fragment[half].w += other[1] * x.w;
+            }
+          }
+          if (leaves) {
+            float4* to = partial_fragment(p, rows, C::d_v, block.partial_slot, row_tile, column_tile);
+            to[0] = fragment[0], to[32] = fragment[1];
+          } else {
+            store_fragments<T>(p, block.request, block.first_token, block.first_row + row_tile * kFragmentRows,
+                               block.num_rows - row_tile * kFragmentRows, column_tile * kFragmentColumns, fragment);
+          }
+        }
+      }
+      if (warp_uniform(block.pairs) & kLeavesLast) {
+        named_barrier_sync(kResult, kConsumerThreads);  // with itself: all of it is stored
+        if (threadIdx.x == 0) announce_partial(p, rows, C::d_v, block.partial_slot);
+      }
+    }
+  }
+}
+
+}  // namespace mla::sm90
+
+MLA_ENTRIES(mla::sm90::decode_swap)

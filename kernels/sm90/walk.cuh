@@ -1,0 +1,80 @@
+// How a producer walks the pieces that its CTA computes, and brings Q and the description of each to those who multiply.
+#pragma once
+
+#include "rows.cuh"
+
+namespace mla::sm90 {
+
+// From the last piece to the first: that may have to be merged with the last one of the group before, which is then long there.
+template <class C>
+class PieceWalk {
+ public:
+  __device__ __forceinline__ explicit PieceWalk(const DecodeParams& params)
+      : p(params), plan(schedule::view(params.plan, params.num_workers)), worker(plan.workers[blockIdx.x]) {
+    index = worker.end_piece - 1;
+    block = make_row_block(p, worker.last, worker.member, C::block_rows);
+    if (!more() || !has_work(block)) advance();
+  }
+  __device__ __forceinline__ bool more() const { return index >= worker.first_piece; }
+  __device__ __forceinline__ void advance() {
+    index = next_piece(p, plan.pieces, worker, index - 1, -1, C::block_rows);
+    block = block_of(index);
+  }
+  // Without tiles, if there is no such piece.
+  __device__ __forceinline__ RowBlock block_of(int of) const {
+    RowBlock found{};
+    if (of >= worker.first_piece) found = make_row_block(p, plan.pieces[of], worker.member, C::block_rows);
+    return found;
+  }
+  __device__ __forceinline__ RowBlock first_block() const { return block_of(worker.first_piece); }
+  // What those who multiply are told.
+  __device__ __forceinline__ RowBlock description() const {
+    RowBlock told = block;
+    told.group_size = worker.group_size;
+    if (more() && index == worker.first_piece) told.pairs |= worker.pairs & kMergesFirst;
+    if (more() && index == worker.end_piece - 1) told.pairs |= worker.pairs & kLeavesLast;
+    return told;
+  }
+  // Of the lane's box, in tile `tile` of the piece or in one of the next.
+  __device__ __forceinline__ Slot box_slot_at(int tile) const {
+    return box_slot(p, block.request, block.first_tile + tile, block.len);
+  }
+  // Of row `row` of the tile.
+  __device__ __forceinline__ Slot row_slot_at(int tile, int row) const {
+    return slot_of(p, block.request, (block.first_tile + tile) * kTileTokens + row, block.len);
+  }
+
+  RowBlock block;
+
+ private:
+  const DecodeParams& p;
+  const schedule::PlanView plan;
+  int index;
+
+ public:
+  const PlanWorker worker;
+};
+
+// By kQWarps warps of the producer: Q of each piece to `q_at` once `q_free` says that nobody reads the one before any more, and what
+// the piece is to `block_at`, one place for each parity. A description without rows says that there is no more.
+constexpr int kQWarps = 2;
+template <class C>
+__device__ __forceinline__ void copy_q_of_pieces(const DecodeParams& p, PieceWalk<C>& walk, uint32_t q_at,
+                                                 uint32_t block_at, uint32_t q_full, uint32_t q_free) {
+  const int thread = threadIdx.x % (32 * kQWarps);
+  for (int parity = 0;; parity ^= 1) {  // of the piece
+    mbarrier_wait(q_free, parity ^ 1);
+    const RowBlock block = walk.description();
+    if (walk.more()) copy_q<C>(p, block, q_at, thread, 32 * kQWarps);
+    if (thread == 0) store_shared_struct(block_at + parity * static_cast<uint32_t>(sizeof(RowBlock)), block);
+    cp_async_commit();
+    cp_async_wait<0>();
+    fence_proxy_async();
+    __syncwarp();  // all lanes have fenced their copies
+    if (thread % 32 == 0) mbarrier_arrive(q_full);
+    if (!walk.more()) break;
+    walk.advance();
+  }
+}
+
+}  // namespace mla::sm90
