@@ -108,6 +108,8 @@ HostPlan make_plan_of_parts(const Lengths& lengths, Shape shape, int32_t num_wor
     }
     plan.workers.push_back(range);
   }
+  if (static_cast<int64_t>(plan.splits.size()) > schedule::max_items(lengths, shape))
+    throw std::invalid_argument("cu_seqlens_q makes too many pieces");
   plan.header.num_splits = static_cast<int32_t>(plan.splits.size());
   return plan;
 }

@@ -219,6 +219,11 @@ def wrong_batches(draw: st.DrawFn) -> Batch:
 @drawn
 @given(wrong_batches(), settings_of_a_plan)
 @example(OVERLAPPING["nonsense"], ((16, 32, True), 132, False))
+# One item more in several parts than a plan has room for.
+@example(
+    Batch([500_000, 0] * 3, [38] + [0] * 5, 16, cuts=[0, 38, 0, 38, 0, 38, 0]),
+    ((16, 16, False), 1, False),
+)
 # The last place for a piece falls to an item that begins with a group, and stays unused.
 @example(Batch([1000] * 3, [100, 0, 0], 6, cuts=[0, 100, 0, 100]), ((16, 64, False), 7, False))
 def test_wrong_cu_seqlens_q_is_harmless(

@@ -5,17 +5,31 @@
 
 namespace mla {
 
-// The sum over the CTA, for every thread. `scratch` holds one value per warp.
-template <class T>
-__device__ T block_sum(T x, T* scratch) {
+// The sums over the CTA, for every thread. `scratch`, by warp, must not be in use any more.
+template <int N>
+__device__ __forceinline__ void block_sums(int64_t (&x)[N], int64_t (*scratch)[N]) {
 #pragma unroll
-  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  for (int step = 16; step > 0; step /= 2)
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] += __shfl_xor_sync(0xffffffffu, x[i], step);
+  if (threadIdx.x % 32 == 0)
+#pragma unroll
+    for (int i = 0; i < N; ++i) scratch[threadIdx.x / 32][i] = x[i];
+  __syncthreads();  // those of all warps are there
+#pragma unroll
+  for (int i = 0; i < N; ++i) x[i] = 0;
+#pragma unroll 1
+  for (int warp = 0; warp < kPlanThreads / 32; ++warp)
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] += scratch[warp][i];
+}
+
+template <class T>
+__device__ __forceinline__ T block_sum(T x, int64_t* scratch) {
   __syncthreads();  // the scratch of an earlier sum has been read
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
-  __syncthreads();
-  T sum = 0;
-  for (int i = 0; i < kPlanThreads / 32; ++i) sum += scratch[i];
-  return sum;
+  int64_t sum[1] = {x};
+  block_sums(sum, reinterpret_cast<int64_t (*)[1]>(scratch));
+  return static_cast<T>(sum[0]);
 }
 
 // The sum over the threads before this one, and in `total` over all.

@@ -4,50 +4,87 @@
 #include "cta_sums.cuh"
 #include "schedule.h"
 
+namespace mla {
+
+constexpr int kNearRequests = 1024;  // what is known of so many at most is searched in shared memory
+
+// Of those with query tokens. Units: what an item costs, and what all do that have one row block each.
+struct Requests {
+  int32_t max_row_blocks;
+  int64_t least_units, most_units, units;
+
+  __device__ __forceinline__ void add(const Requests& other) {
+    max_row_blocks = max(max_row_blocks, other.max_row_blocks);
+    least_units = min(least_units, other.least_units);
+    most_units = max(most_units, other.most_units);
+    units += other.units;
+  }
+};
+constexpr Requests kNoRequests{0, int64_t{1} << 62, 0, 0};
+
+__device__ __forceinline__ Requests of_block(Requests x, Requests* of_warps) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2)
+    x.add({__shfl_xor_sync(0xffffffffu, x.max_row_blocks, step), __shfl_xor_sync(0xffffffffu, x.least_units, step),
+           __shfl_xor_sync(0xffffffffu, x.most_units, step), __shfl_xor_sync(0xffffffffu, x.units, step)});
+  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = x;
+  __syncthreads();  // those of all warps are there
+  Requests all = kNoRequests;
+#pragma unroll 1
+  for (int i = 0; i < kPlanThreads / 32; ++i) all.add(of_warps[i]);
+  return all;
+}
+
+}  // namespace mla
+
 extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)
     mla_plan(const __grid_constant__ mla::Lengths lengths, mla::schedule::Shape shape, int32_t num_workers,
              mla::PlanHeader* out) {
   using namespace mla;
   __shared__ int64_t scratch[kPlanThreads / 32];
-  __shared__ int32_t max_row_blocks, num_splits;
-  __shared__ unsigned long long least_units, most_units;  // of one item
+  __shared__ Requests of_warps[kPlanThreads / 32];
+  __shared__ int64_t sums[kPlanThreads / 32][schedule::kMaxGroupSize];
+  __shared__ int64_t near_units[kNearRequests + 1];
+  __shared__ int32_t near_items[kNearRequests + 1];
+  __shared__ int32_t num_splits;
   const int thread = threadIdx.x;
   const schedule::PlanView plan = schedule::view(out, num_workers);
-  if (thread == 0) {
-    max_row_blocks = num_splits = 0;
-    least_units = ~0ull;
-    most_units = 0;
-  }
-  __syncthreads();
+  if (thread == 0) num_splits = 0;
 
-  // The group size: what would all requests cost in bundles of 1, 2, ... row blocks?
-  int64_t units[schedule::kMaxGroupSize] = {};
+  Requests all = kNoRequests;
   for (int i = thread; i < lengths.num_requests; i += kPlanThreads) {
     const schedule::Request request = schedule::request_at(lengths, shape, i);
     if (request.row_blocks == 0) continue;
-    atomicMax(&max_row_blocks, request.row_blocks);
-    const auto own = static_cast<unsigned long long>(schedule::item_units(request, shape));
-    atomicMin(&least_units, own);
-    atomicMax(&most_units, own);
-#pragma unroll
-    for (int g = 1; g <= schedule::kMaxGroupSize; ++g) units[g - 1] += schedule::request_units(request, shape, g, 0);
+    const int64_t own = schedule::item_units(request, shape);
+    all.add({request.row_blocks, own, own, schedule::request_units(request, shape, 1, 0)});
   }
+  all = of_block(all, of_warps);
+  // The group size: what would all requests cost in bundles of 1, 2, ... row blocks?
+  int64_t units[schedule::kMaxGroupSize] = {all.units};
+  if (all.max_row_blocks > 1) {
+    units[0] = 0;
+    for (int i = thread; i < lengths.num_requests; i += kPlanThreads) {
+      const schedule::Request request = schedule::request_at(lengths, shape, i);
 #pragma unroll
-  for (int g = 0; g < schedule::kMaxGroupSize; ++g) units[g] = block_sum(units[g], scratch);
-  const int32_t group_size = schedule::best_group_size(units, max_row_blocks, num_workers);
+      for (int g = 1; g <= schedule::kMaxGroupSize; ++g) units[g - 1] += schedule::request_units(request, shape, g, 0);
+    }
+    block_sums(units, sums);
+  }
+  const int32_t group_size = schedule::best_group_size(units, all.max_row_blocks, num_workers);
   int64_t total_units = units[0];
 #pragma unroll
   for (int g = 2; g <= schedule::kMaxGroupSize; ++g)
     if (g == group_size) total_units = units[g - 1];
-  const int64_t common_units = least_units == most_units ? static_cast<int64_t>(most_units) : 0;
+  const int64_t common_units = all.least_units == all.most_units ? all.most_units : 0;
   PlanHeader header = schedule::make_header(total_units, common_units, shape, group_size, num_workers);
 
   // Where each request begins on the line of all items, and the number of its first item.
   const int64_t max_pieces = schedule::max_pieces(lengths, shape, num_workers);
   header.splits_at = schedule::splits_at(max_pieces, num_workers);
   SplitItem* splits = reinterpret_cast<SplitItem*>(plan.pieces + max_pieces);
-  int64_t* first_unit = schedule::first_unit_of(splits, num_workers);
-  int32_t* first_item = schedule::first_item_of(splits, num_workers, lengths.num_requests);
+  const bool near = lengths.num_requests <= kNearRequests;
+  int64_t* first_unit = near ? near_units : schedule::first_unit_of(splits, num_workers);
+  int32_t* first_item = near ? near_items : schedule::first_item_of(splits, num_workers, lengths.num_requests);
   int64_t units_before = 0, items_before = 0;
   for (int first = 0; first < lengths.num_requests; first += kPlanThreads) {
     const int i = first + thread;

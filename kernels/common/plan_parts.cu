@@ -8,6 +8,7 @@ extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)
                    mla::PlanHeader* out) {
   using namespace mla;
   __shared__ int64_t scratch[kPlanThreads / 32];
+  __shared__ int64_t sums[kPlanThreads / 32][schedule::kMaxGroupSize];
   __shared__ int32_t max_row_blocks, num_requests, num_splits;
   const int thread = threadIdx.x;
   const schedule::PlanView plan = schedule::view(out, num_workers);
@@ -33,8 +34,7 @@ extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)
 #pragma unroll
     for (int g = 1; g <= schedule::kMaxGroupSize; ++g) units[g - 1] += schedule::bundles(request, g) * own;
   }
-#pragma unroll
-  for (int g = 0; g < schedule::kMaxGroupSize; ++g) units[g] = block_sum(units[g], scratch);
+  block_sums(units, sums);
   const int32_t group_size = schedule::best_group_size(units, max_row_blocks, num_workers);
   const int32_t num_groups = num_workers / group_size;
 
