@@ -132,6 +132,27 @@ def _bench(parser: ArgumentParser) -> None:
     _device(parser)
 
 
+def _fit(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--gpu", required=True, help="where the runs were recorded, such as H200 or 'RTX 4090'"
+    )
+    parser.add_argument(
+        "--cases",
+        type=Path,
+        action="append",
+        help="list of the cases of the runs (may be repeated; default: benchmarks/cases.json)",
+    )
+    parser.add_argument("--dims", type=_dims, default=(576, 512), help="d_qk/d_v (576/512)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the constants here")
+    parser.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RESULTS.json",
+        help="files that `mla bench --json` wrote of forced variants, in turns in one process",
+    )
+
+
 def _demo(parser: ArgumentParser) -> None:
     parser.add_argument("--steps", type=_positive, default=32, help="tokens decoded per request")
     parser.add_argument("--page-size", type=_positive, default=16, help="KV tokens per page")
@@ -146,6 +167,7 @@ _COMMANDS = {
     "explain": (_explain, "which variant a problem gets, why, and what each other one lacks"),
     "check": (_check, "self-test: every variant that runs here against a float64 reference"),
     "bench": (_bench, "time decode on a list of cases and hold it against the device's limits"),
+    "fit": (_fit, "the constants that dispatch predicts by, from recorded runs of all variants"),
     "demo": (_demo, "a DeepSeek-V3-shaped attention layer over a real text, checked at each step"),
 }
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mla.problem import Problem
+
 from .arguments import UsageError
 
 _TINY_TOKENS, _MID_TOKENS = 8192, 65536
@@ -60,6 +62,19 @@ class Case:
         if self.tokens <= _TINY_TOKENS:
             return f"tiny-{self.bound}"
         return f"{'mid' if self.tokens <= _MID_TOKENS else 'large'}-{self.bound}"
+
+    def problem(self, batch_invariant: bool = False) -> Problem:
+        """As dispatch sees it, with a block table as wide as the longest request."""
+        return Problem.from_sizes(
+            b=self.b,
+            s_q=self.s_q,
+            h_q=self.h_q,
+            d_qk=self.d_qk,
+            dtype=self.dtype,
+            page_size=self.page_size,
+            max_pages=max(-(-length // self.page_size) for length in self.seq_lens),
+            batch_invariant=batch_invariant,
+        )
 
 
 def load_cases(path: Path) -> list[Case]:
@@ -139,6 +154,7 @@ class CasePool:
     def inputs(self, case: Case) -> CaseInputs:
         """The tensors of a case; a request's pages are scattered at random over the pool."""
         if case.dtype not in self._data:
+            self._data.clear()  # there may not be room for both
             self._data = {case.dtype: self._normal(self._elements, dtype=case.dtype)}
         page_elements = case.page_size * case.d_qk
         pool_pages = self._elements // page_elements
