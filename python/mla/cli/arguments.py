@@ -153,6 +153,26 @@ def _fit(parser: ArgumentParser) -> None:
     )
 
 
+def _tune(parser: ArgumentParser) -> None:
+    parser.add_argument("--count", type=_positive, default=150, help="cases (default: 150)")
+    parser.add_argument("--seed", type=int, default=2, help="of the cases that are drawn")
+    parser.add_argument(
+        "--time-limit",
+        type=_positive,
+        metavar="SECONDS",
+        help="measure no further case after this time",
+    )
+    parser.add_argument("--repeat", type=_positive, help="samples of each (default: 10)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the times here, too")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the constants here instead of where dispatch reads them",
+    )
+    parser.add_argument("--device", help="cuda or cuda:N (default: the current GPU)")
+
+
 def _demo(parser: ArgumentParser) -> None:
     parser.add_argument("--steps", type=_positive, default=32, help="tokens decoded per request")
     parser.add_argument("--page-size", type=_positive, default=16, help="KV tokens per page")
@@ -167,6 +187,7 @@ _COMMANDS = {
     "explain": (_explain, "which variant a problem gets, why, and what each other one lacks"),
     "check": (_check, "self-test: every variant that runs here against a float64 reference"),
     "bench": (_bench, "time decode on a list of cases and hold it against the device's limits"),
+    "tune": (_tune, "measure all variants here and fit what dispatch predicts by to this GPU"),
     "fit": (_fit, "the constants that dispatch predicts by, from recorded runs of all variants"),
     "demo": (_demo, "a DeepSeek-V3-shaped attention layer over a real text, checked at each step"),
 }

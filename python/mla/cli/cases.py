@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -88,9 +88,14 @@ def load_cases(path: Path) -> list[Case]:
     except json.JSONDecodeError as error:
         raise UsageError(f"{path} is not JSON: {error}") from None
     try:
-        return [_case(entry) for entry in entries]
+        return parse_cases(entries)
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path}: an entry is not a case: {error!r}") from None
+
+
+def parse_cases(entries: Iterable[dict[str, Any]]) -> list[Case]:
+    """KeyError, TypeError or AttributeError for an entry that is no case."""
+    return [_case(entry) for entry in entries]
 
 
 def _case(entry: dict[str, Any]) -> Case:
