@@ -129,6 +129,15 @@ def _bench(parser: ArgumentParser) -> None:
     parser.add_argument("--dims", type=_dims, default=(576, 512), help="d_qk/d_v (576/512)")
     parser.add_argument("--json", type=Path, help="write the times here, conditions beside it")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the results")
+    parser.add_argument(
+        "--report", type=Path, metavar="DIR", help="write a page with tables and plots there"
+    )
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        metavar="FILE.json",
+        help="times of others for the report: {case id: {name: us}}",
+    )
     _device(parser)
 
 
