@@ -49,7 +49,7 @@ class TestBuiltIn:
 
     def test_a_dump_reads_back(self) -> None:
         text = costs_file.dump("some GPU", 7, classes(), {"date": "today"})
-        assert costs_file.parse(text) == ("some GPU", 7, classes())
+        assert costs_file.parse(text, costs_file.table_version()) == ("some GPU", 7, classes())
 
 
 class TestDerived:
@@ -183,7 +183,7 @@ class TestTunedFile:
         change(content)
         path.write_text(json.dumps(content))
         with pytest.raises(ValueError, match=message):
-            costs_file.parse(path.read_text())
+            costs_file.parse(path.read_text(), costs_file.table_version())
         self.is_ignored(where, path, caplog)
 
     @pytest.mark.parametrize(

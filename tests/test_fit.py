@@ -121,7 +121,7 @@ def test_the_built_in_constants_are_those_of_the_recorded_runs(tmp_path: Path) -
     lists = " ".join(f"--cases {BENCHMARKS / name}" for name in made["cases"])
     target = tmp_path / "costs.json"
     assert command(f"fit --gpu H200 {lists} --out {target} {recorded}") == 0
-    again = costs_file.parse(target.read_text()).classes
+    again = costs_file.parse(target.read_text(), costs_file.table_version()).classes
     for key, found in costs.built_in()[2].items():
         assert again[key][:-1] == pytest.approx(found[:-1], rel=0.02)
         assert again[key].tflops_per_sm == pytest.approx(found.tflops_per_sm, rel=0.02)
@@ -138,7 +138,7 @@ class TestCommand:
         written = json.loads(target.read_text())
         assert written["made"]["runs"] == [results.name]
         assert written["made"]["cases"] == [lists.name]
-        assert costs_file.parse(target.read_text()).gpu == "H200"
+        assert costs_file.parse(target.read_text(), costs_file.table_version()).gpu == "H200"
         assert "the choice costs 0.00%" in capsys.readouterr().out
 
     @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_what_it_writes_is_what_dispatch_reads(
     assert told.costs == f"tuned on this GPU ({path})"
     assert told.variant is not None
     assert told.variant.pipeline == "sm90_2wg"
-    written = costs_file.parse(path.read_text())
+    written = costs_file.parse(path.read_text(), costs_file.table_version())
     assert (written.gpu, written.sm_count) == ("H200", 132)
     for key, found in true.items():
         assert written.classes[key].start_us == pytest.approx(found.start_us, rel=0.1)

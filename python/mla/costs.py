@@ -63,9 +63,12 @@ def of(device: Device) -> GpuCosts:
 
 @lru_cache(maxsize=1)
 def built_in() -> tuple[str, int, Mapping[str, Costs]]:
-    """Name and SM count of the GPU that was measured, and its constants."""
+    """Name and SM count of the GPU that was measured, and its constants.
+
+    They are for any table of variants that has the same classes and tiles.
+    """
     text = resources.files("mla.data").joinpath("costs.json").read_text(encoding="utf-8")
-    found = costs_file.parse(text)
+    found = costs_file.parse(text, table=None)
     return found.gpu, found.sm_count, found.classes
 
 

@@ -67,16 +67,19 @@ def _four_digits(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def parse(text: str) -> CostsFile:
-    """ValueError, with what was got and what is expected, unless all of it can be used."""
+def parse(text: str, table: str | None) -> CostsFile:
+    """ValueError, with what was got and what is expected, unless all of it can be used.
+
+    `table` is the version of the table of variants that it must be for; None for any.
+    """
     try:
         content = json.loads(text)
     except ValueError as error:  # RecursionError is none of a file that anybody wrote
         raise ValueError(f"got no JSON ({error}), expected an object") from None
     if not isinstance(content, dict):
         raise ValueError(f"got {type(content).__name__}, expected an object")
-    for key, expected in (("format", FORMAT), ("table", table_version())):
-        if content.get(key) != expected:
+    for key, expected in (("format", FORMAT), ("table", table)):
+        if expected is not None and content.get(key) != expected:
             raise ValueError(f"{key}: got {content.get(key)!r}, expected {expected!r}")
     gpu, sm_count = content.get("gpu"), content.get("sm_count")
     if not isinstance(gpu, str) or type(sm_count) is not int:

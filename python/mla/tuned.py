@@ -58,7 +58,7 @@ def load(device: Device) -> Tuned | None:
     try:
         if len(content) > _MOST_BYTES:
             raise ValueError(f"got more than {_MOST_BYTES} bytes, expected a file of `mla tune`")
-        found = costs_file.parse(content.decode())
+        found = costs_file.parse(content.decode(), costs_file.table_version())
         if (found.gpu, found.sm_count) != (device.name, device.sm_count):
             raise ValueError(
                 f"got constants of {found.gpu} with {found.sm_count} SMs, expected {device.name} "
