@@ -153,6 +153,8 @@ NB_MODULE(_mla, m) {
   m.attr("MIN_GROUP_TOKENS") = schedule::kMinGroupTokens;
   m.attr("MIN_GROUP_TOKENS_OF_MANY") = schedule::kMinGroupTokensOfMany;
   m.attr("FEW_TOKENS") = schedule::kFewTokens;
+  m.attr("MAX_GROUP_SIZE") = schedule::kMaxGroupSize;
+  m.attr("ALIGNMENT_SHARE") = schedule::kAlignmentShare;
   m.attr("MIN_BOX_ROWS") = kMinBoxRows;
   m.attr("MAX_LEN") = schedule::kMaxLen;
   m.attr("SCHEDULE_ALIGNMENT") = kScheduleAlignment;

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from mla import log
+from mla import dispatch, log
 from mla.device import Device, by_name
 
 # Small operations: threads that wait for each other cost more than they give.
@@ -53,11 +53,13 @@ def pytest_terminal_summary(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The user's own settings do not reach the tests, nor what an earlier test logged."""
+def no_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The user's own settings do not reach the tests, nor what an earlier test logged or read."""
     for name in ("MLA_VARIANT", "MLA_LOG", "MLA_VALIDATE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLA_TUNE_DIR", str(tmp_path / "tuned"))
     monkeypatch.setattr(log, "_said", set())
+    dispatch.forget()
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,10 @@ from contextvars import ContextVar
 from functools import lru_cache
 from typing import NamedTuple
 
-from . import _mla
+from . import _mla, costs
 from .device import Device
 from .errors import UnsupportedError
-from .estimate import Estimate, Model, estimate, model
+from .estimate import Cut, Estimate, Model, cut, estimate, model
 from .problem import Kind, Problem
 from .variants import VARIANTS, Variant
 
@@ -108,10 +108,17 @@ def choose(problem: Problem, device: Device, request: Forced | None) -> Variant:
         raise refusal(problem, device, weigh(problem, device, request))
     if len(able) == 1:
         return able[0][0]
-    b, rows, max_len = ranked.b, ranked.rows, ranked.max_len
+    b, rows, max_len, workers = ranked.b, ranked.rows, ranked.max_len, device.sm_count
+    cuts: dict[int, Cut] = {}
     best, best_us = able[0][0], float("inf")
     for variant, found in able:
-        us = found.start_us + max(found.work_us(b, rows, max_len)) if found else 0.0
+        us = 0.0
+        if found:
+            height = found.block_rows
+            made = cuts.get(height)
+            if made is None:
+                made = cuts[height] = cut(b, rows, max_len, height, workers)
+            us = found.us(made)
         if us < best_us:
             best, best_us = variant, us
     return best
@@ -132,6 +139,12 @@ def _rivals(
         if (request is None or request.admits(variant)) and not variant.unsupported(kind, device):
             able.setdefault(model(variant, ranked, device), variant)
     return tuple((variant, found) for found, variant in able.items())
+
+
+def forget() -> None:
+    """Constants are read again, and what was concluded from them is dropped: for tests."""
+    costs.forget()
+    _rivals.cache_clear()
 
 
 def refusal(problem: Problem, device: Device, choice: Choice) -> UnsupportedError:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import costs
 from . import workspace as workspaces
 from .checks import check_size
 from .device import Device, facts, resolve
 from .dispatch import Choice, forced, refusal, weigh
 from .errors import UnsupportedError
-from .estimate import Estimate, ceil_div
+from .estimate import Estimate, ceil_div, floor_us
 from .inputs import Inputs, TensorOrPair
 from .problem import Problem
 from .variants import Variant
@@ -40,6 +41,16 @@ class Explanation:
     def estimate(self) -> Estimate | None:
         """Predicted microseconds and what bounds them; None on a CPU or without a variant."""
         return self.choice.estimates[self.variant.name] if self.variant else None
+
+    @property
+    def floor_us(self) -> float | None:
+        """Microseconds that no kernel beats by the GPU's published figures; None on a CPU."""
+        return floor_us(self.problem, self.device)
+
+    @property
+    def costs(self) -> str | None:
+        """Where the constants of the predictions come from, in a clause; None on a CPU."""
+        return costs.of(self.device).source if self.device.type == "cuda" else None
 
     @property
     def error(self) -> UnsupportedError | None:
@@ -82,6 +93,12 @@ class Explanation:
             f"device     {self.device}",
             f"variant    {self.headline()}",
         ]
+        if self.estimate:
+            lines.append(f"time       {_parts(self.estimate)}")
+        if self.floor_us:
+            lines.append(f"floor      {self.floor_us:.1f} us by the GPU's published figures")
+        if self.costs:
+            lines.append(f"constants  {self.costs}")
         if self.variant and not self.variant.on_host:
             rows, height = self.problem.rows, self.variant.block_rows
             lines += [
@@ -102,6 +119,13 @@ def _predicted(estimate: Estimate | None) -> str:
     if estimate is None:
         return "time not predicted"
     return f"predicted {estimate.us:.1f} us, {estimate.bound} bound"
+
+
+def _parts(estimate: Estimate) -> str:
+    return (
+        f"memory {estimate.memory_us:.1f} us beside tiles {estimate.compute_us:.1f} us, "
+        f"starting and merging {estimate.latency_us:.1f} us"
+    )
 
 
 def of_problem(problem: Problem, device: Device, variant: str | None) -> Explanation:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import _mla
+from . import _mla, costs
 from . import workspace as workspaces
 from .device import CPU, facts
 from .variants import VARIANTS
@@ -22,9 +22,9 @@ def info() -> dict[str, Any]:
 
     version, torch; build: how the wheel was built; driver: version (0 without one) and problem (""
     if it is usable);
-    devices: name, sm, sm_count, smem_optin (bytes) and variants, which maps each name to why it
-    does not run there (empty if it does); variants: the table; workspaces: device, stream and bytes
-    of what is kept.
+    devices: name, sm, sm_count, smem_optin (bytes), costs (where the constants of predictions come
+    from; "" on a CPU) and variants, which maps each name to why it does not run there (empty if it
+    does); variants: the table; workspaces: device, stream and bytes of what is kept.
     """
     devices = [CPU]
     if torch.cuda.is_available():
@@ -40,6 +40,7 @@ def info() -> dict[str, Any]:
                 "sm": device.sm,
                 "sm_count": device.sm_count,
                 "smem_optin": device.smem_optin,
+                "costs": costs.of(device).source if device.type == "cuda" else "",
                 "variants": {
                     variant.name: variant.unsupported_device(device) for variant in VARIANTS
                 },

@@ -129,7 +129,57 @@ def _bench(parser: ArgumentParser) -> None:
     parser.add_argument("--dims", type=_dims, default=(576, 512), help="d_qk/d_v (576/512)")
     parser.add_argument("--json", type=Path, help="write the times here, conditions beside it")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the results")
+    parser.add_argument(
+        "--report", type=Path, metavar="DIR", help="write a page with tables and plots there"
+    )
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        metavar="FILE.json",
+        help="times of others for the report: {case id: {name: us}}",
+    )
     _device(parser)
+
+
+def _fit(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--gpu", required=True, help="where the runs were recorded, such as H200 or 'RTX 4090'"
+    )
+    parser.add_argument(
+        "--cases",
+        type=Path,
+        action="append",
+        help="list of the cases of the runs (may be repeated; default: benchmarks/cases.json)",
+    )
+    parser.add_argument("--dims", type=_dims, default=(576, 512), help="d_qk/d_v (576/512)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the constants here")
+    parser.add_argument(
+        "runs",
+        type=Path,
+        nargs="+",
+        metavar="RESULTS.json",
+        help="files that `mla bench --json` wrote of forced variants, in turns in one process",
+    )
+
+
+def _tune(parser: ArgumentParser) -> None:
+    parser.add_argument("--count", type=_positive, default=150, help="cases (default: 150)")
+    parser.add_argument("--seed", type=int, default=2, help="of the cases that are drawn")
+    parser.add_argument(
+        "--time-limit",
+        type=_positive,
+        metavar="SECONDS",
+        help="measure no further case after this time",
+    )
+    parser.add_argument("--repeat", type=_positive, help="samples of each (default: 10)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the times here, too")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="write the constants here instead of where dispatch reads them",
+    )
+    parser.add_argument("--device", help="cuda or cuda:N (default: the current GPU)")
 
 
 def _demo(parser: ArgumentParser) -> None:
@@ -146,6 +196,8 @@ _COMMANDS = {
     "explain": (_explain, "which variant a problem gets, why, and what each other one lacks"),
     "check": (_check, "self-test: every variant that runs here against a float64 reference"),
     "bench": (_bench, "time decode on a list of cases and hold it against the device's limits"),
+    "tune": (_tune, "measure all variants here and fit what dispatch predicts by to this GPU"),
+    "fit": (_fit, "the constants that dispatch predicts by, from recorded runs of all variants"),
     "demo": (_demo, "a DeepSeek-V3-shaped attention layer over a real text, checked at each step"),
 }
 

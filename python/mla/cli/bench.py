@@ -21,7 +21,14 @@ from .cases import Case, CasePool, load_cases, with_overrides
 from .console import console, make_progress
 from .devices import device_name, kernel_driver, pick_device
 from .floors import Floors, floors_table, measure_floors
-from .results import Result, result_table, summary_table, write_conditions, write_results
+from .results import (
+    Result,
+    provenance,
+    result_table,
+    summary_table,
+    write_conditions,
+    write_results,
+)
 from .timing import CpuTimer, GpuTimer, measure
 
 BATCH_INVARIANT = "batch_invariant"  # follows a name in the name of a run in that mode
@@ -33,7 +40,7 @@ METHOD = (
 
 def run(args: Namespace) -> int:
     device = pick_device(args.device)
-    _prepare_files(args)
+    peer_times = _prepare_files(args)
     if args.host:
         return _run_host(args, device)
     cases = _select(args, device)
@@ -69,14 +76,14 @@ def run(args: Namespace) -> int:
                 results.append(Result(name, case, variants[name], timing, floor_us))
 
     _print_results(list(runs), results, skipped)
-    _write_files(args, device, floors, list(runs), results)
+    _write_files(args, device, floors, list(runs), results, peer_times)
     return 2 if skipped else 0
 
 
 def _run_host(args: Namespace, device: torch.device) -> int:
     _check_dims(args)
-    if len(args.variant or []) > 1 or args.plot:
-        raise UsageError("--host takes one --variant at most, and draws no --plot")
+    if len(args.variant or []) > 1 or args.plot or args.report:
+        raise UsageError("--host takes one --variant at most, and draws no --plot or --report")
     for name in args.variant or []:
         requested(name)
     return host.run(args, device)
@@ -108,13 +115,27 @@ def _select(args: Namespace, device: torch.device) -> list[Case]:
     ]
 
 
-def _prepare_files(args: Namespace) -> None:
-    """What would keep the results from being written is said before they are measured."""
+def _prepare_files(args: Namespace) -> dict[str, dict[str, float]]:
+    """What would keep the results from being written is said before they are measured.
+
+    The times of others that --peers names.
+    """
     for path in (args.json, args.plot):
         if path and not path.parent.is_dir():
             raise UsageError(f"no such folder: {path.parent}")
+    if args.report and not args.report.parent.is_dir():
+        raise UsageError(f"no such folder: {args.report.parent}")
+    if args.peers and not args.report:
+        raise UsageError("--peers belongs to --report")
+    if args.peers and (args.dims != (576, 512) or args.dtype or args.page_size):
+        raise UsageError("--peers has times of the cases as they are, without other sizes")
     if args.plot:
         import_module("mla.cli.plot")
+    if args.report:
+        from .report import read_peers
+
+        return read_peers(args.peers) if args.peers else {}
+    return {}
 
 
 def _print_results(runs: list[str], results: list[Result], skipped: list[str]) -> None:
@@ -133,9 +154,11 @@ def _write_files(
     floors: Floors | None,
     runs: list[str],
     results: list[Result],
+    peer_times: dict[str, dict[str, float]],
 ) -> None:
     """The files asked for. Of several runs each has its own, named after it."""
-    conditions = {
+    conditions: dict[str, object] = {
+        **provenance(),
         "device": device_name(device),
         "kernel_driver": kernel_driver(),
         "torch": torch.__version__,
@@ -156,3 +179,10 @@ def _write_files(
 
         draw(args.plot, device_name(device), results)
         console.print(f"wrote {args.plot}")
+    if args.report and results:
+        from .report import write
+
+        peers = {result.case.id: dict(result.case.peer_us) for result in results}
+        for case, times in peer_times.items():
+            peers.setdefault(case, {}).update(times)
+        console.print(f"wrote {write(args.report, results, floors, conditions, peers)}")

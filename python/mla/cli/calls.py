@@ -9,7 +9,6 @@ import torch
 import mla
 from mla import dispatch
 from mla.device import facts
-from mla.problem import Problem
 from mla.variants import VARIANTS, Variant
 
 from .arguments import UsageError
@@ -35,16 +34,7 @@ def pick(
     batch_invariant: bool,
 ) -> Variant:
     """What dispatch would choose if the table had only the rows of `targets`."""
-    problem = Problem.from_sizes(
-        b=case.b,
-        s_q=case.s_q,
-        h_q=case.h_q,
-        d_qk=case.d_qk,
-        dtype=case.dtype,
-        page_size=case.page_size,
-        max_pages=max(-(-length // case.page_size) for length in case.seq_lens),
-        batch_invariant=batch_invariant,
-    )
+    problem = case.problem(batch_invariant)
     choice = dispatch.weigh(problem, facts(device), request)
     if choice.variant and targets in (None, choice.variant.targets):
         return choice.variant

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mla.problem import Problem
 
 from .arguments import UsageError
 
@@ -61,6 +63,19 @@ class Case:
             return f"tiny-{self.bound}"
         return f"{'mid' if self.tokens <= _MID_TOKENS else 'large'}-{self.bound}"
 
+    def problem(self, batch_invariant: bool = False) -> Problem:
+        """As dispatch sees it, with a block table as wide as the longest request."""
+        return Problem.from_sizes(
+            b=self.b,
+            s_q=self.s_q,
+            h_q=self.h_q,
+            d_qk=self.d_qk,
+            dtype=self.dtype,
+            page_size=self.page_size,
+            max_pages=max(-(-length // self.page_size) for length in self.seq_lens),
+            batch_invariant=batch_invariant,
+        )
+
 
 def load_cases(path: Path) -> list[Case]:
     """Reads a list of cases; benchmarks/README.md describes the file."""
@@ -73,9 +88,14 @@ def load_cases(path: Path) -> list[Case]:
     except json.JSONDecodeError as error:
         raise UsageError(f"{path} is not JSON: {error}") from None
     try:
-        return [_case(entry) for entry in entries]
+        return parse_cases(entries)
     except (KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path}: an entry is not a case: {error!r}") from None
+
+
+def parse_cases(entries: Iterable[dict[str, Any]]) -> list[Case]:
+    """KeyError, TypeError or AttributeError for an entry that is no case."""
+    return [_case(entry) for entry in entries]
 
 
 def _case(entry: dict[str, Any]) -> Case:
@@ -139,6 +159,7 @@ class CasePool:
     def inputs(self, case: Case) -> CaseInputs:
         """The tensors of a case; a request's pages are scattered at random over the pool."""
         if case.dtype not in self._data:
+            self._data.clear()  # there may not be room for both
             self._data = {case.dtype: self._normal(self._elements, dtype=case.dtype)}
         page_elements = case.page_size * case.d_qk
         pool_pages = self._elements // page_elements

@@ -34,11 +34,13 @@ def _print(info: dict[str, Any]) -> None:
         about.add_row("workspace", ", ".join(f"{key} {value}" for key, value in workspace.items()))
     console.print(about)
 
-    devices = make_table("devices", "name", "sm", "SMs", "shared memory", numbers=3)
+    devices = make_table("devices", "name", "sm", "SMs", "shared memory", "constants")
     for device in info["devices"]:
         gpu = device["sm"] > 0
         sizes = (str(device["sm"]), str(device["sm_count"]), f"{device['smem_optin'] // 1024} KB")
-        devices.add_row(device["name"], *(sizes if gpu else ("-", "-", "-")))
+        devices.add_row(
+            device["name"], *(sizes if gpu else ("-", "-", "-")), device["costs"] or "-"
+        )
     console.print(devices)
 
     names = [device["name"] for device in info["devices"]]

@@ -7,6 +7,7 @@ import math
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,29 +91,32 @@ def result_table(results: list[Result]) -> Table:
     return table
 
 
-def _geomean(fractions: list[float]) -> float:
+def geomean(fractions: list[float]) -> float:
     return math.exp(sum(map(math.log, fractions)) / len(fractions))
+
+
+def classes(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """By set and by size, in the order of their names; all of them last."""
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        size = result.case.size
+        for name in (result.case.id.split("/")[0], size.split("-")[0], size, "all"):
+            found.setdefault(name, []).append(result)
+    return dict(sorted(found.items(), key=lambda entry: (entry[0] == "all", entry[0])))
 
 
 def summary_table(title: str, results: list[Result]) -> Table:
     """Geometric mean and worst fraction of the floor per class of case."""
-    classes: dict[str, list[Result]] = {}
-    for result in results:
-        size = result.case.size
-        for name in (result.case.id.split("/")[0], size.split("-")[0], size, "all"):
-            classes.setdefault(name, []).append(result)
     columns = ("cases", "% of floor", "worst", "% of recorded", "worst")
     table = make_table(title, "class", *columns, numbers=len(columns))
-    for name in sorted(classes, key=lambda name: (name == "all", name)):
+    for name, members in classes(results).items():
         cells: list[str] = []
         for fractions in (
-            [r.of_floor for r in classes[name] if r.of_floor],
-            [r.of_recorded for r in classes[name] if r.of_recorded],
+            [r.of_floor for r in members if r.of_floor],
+            [r.of_recorded for r in members if r.of_recorded],
         ):
-            cells += (
-                [_percent(_geomean(fractions)), _percent(min(fractions))] if fractions else "--"
-            )
-        table.add_row(name, str(len(classes[name])), *cells)
+            cells += [_percent(geomean(fractions)), _percent(min(fractions))] if fractions else "--"
+        table.add_row(name, str(len(members)), *cells)
     return table
 
 
@@ -124,9 +128,12 @@ def write_results(path: Path, results: list[Result]) -> None:
 
 def write_conditions(path: Path, conditions: dict[str, object]) -> None:
     """What the numbers beside it were measured on, and how: a JSON object."""
-    command = shlex.join(["mla", *sys.argv[1:]])
-    text = json.dumps({"command": command, "commit": _commit(), **conditions}, indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
+    path.write_text(json.dumps(conditions, indent=1) + "\n", encoding="utf-8")
+
+
+def provenance() -> dict[str, str | None]:
+    """The command to repeat the run, and the commit of the checkout."""
+    return {"command": shlex.join(["mla", *sys.argv[1:]]), "commit": _commit()}
 
 
 def _commit() -> str | None:

@@ -1,0 +1,81 @@
+"""Recorded runs of forced variants, as `mla bench --json` and `mla tune --json` write them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mla import estimate
+from mla.costs_file import Costs
+from mla.device import Device
+from mla.problem import Problem
+from mla.variants import VARIANTS, Variant
+
+from .arguments import UsageError
+from .cases import Case, load_cases, with_overrides
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measurement: microseconds of a variant on a problem."""
+
+    case_id: str
+    problem: Problem
+    equal_lengths: bool
+    variant: Variant
+    us: float
+
+
+def sample(case: Case, variant: Variant, us: float) -> Sample:
+    return Sample(case.id, case.problem(), len(set(case.seq_lens)) == 1, variant, us)
+
+
+def read_runs(
+    cases: Iterable[Path], results: Iterable[Path], dims: tuple[int, int] = (576, 512)
+) -> list[Sample]:
+    """Joins results with their cases by id. UsageError for a file that cannot be used."""
+    known = {
+        case.id: with_overrides(case, dims=dims, dtype=None, page_size=None)
+        for path in cases
+        for case in load_cases(path)
+    }
+    variants = {variant.name: variant for variant in VARIANTS}
+    return [_sample(path, entry, known, variants) for path in results for entry in _entries(path)]
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: {error}") from None
+    if not isinstance(entries, list):
+        raise UsageError(f"{path}: got {type(entries).__name__}, expected a list of results")
+    return entries
+
+
+def _sample(
+    path: Path, entry: dict[str, Any], cases: dict[str, Case], variants: dict[str, Variant]
+) -> Sample:
+    try:
+        case, name, us = entry["id"], entry["variant"], float(entry["us"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: an entry is not a result: {error!r}") from None
+    if case not in cases:
+        raise UsageError(f"{path}: {case} is in none of the files of cases")
+    if name not in variants or variants[name].on_host or not us > 0:
+        raise UsageError(f"{path}, {case}: got {us} us of {name!r}, expected a variant for GPUs")
+    return sample(cases[case], variants[name], us)
+
+
+def predictor(device: Device, found: Costs) -> Callable[[Variant, Problem], float]:
+    """Microseconds with these constants."""
+
+    def us(variant: Variant, problem: Problem) -> float:
+        sizes = (problem.b, problem.rows, problem.max_len, variant.block_rows)
+        made = estimate.cut(*sizes, device.sm_count)
+        return estimate.model_of(variant, problem.kind, found).us(made)
+
+    return us
