@@ -49,6 +49,7 @@ struct Call {
   PlannedSchedule* plan = nullptr;
   double scale = 0;
   bool causal = false, return_lse = false, batch_invariant = false;
+  int64_t options = 0;  // the flags, d_v and what else has no tensor
   Key key;
 };
 
