@@ -22,6 +22,7 @@ from mla import _mla, first_call
 from recipes import CHANGES, RECIPES, Recipe, launched, on_a100, run
 from recording import Launch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from wrong_calls import WRONG, Arguments, pairs, ragged, uniform
 from wrong_calls import given as changed
 
@@ -148,6 +149,20 @@ def test_what_nobody_prepares_is_still_right(launches: list[Launch]) -> None:
         for _ in range(2):
             mla.decode(**call | change)
             assert launches[-1].params == want
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_tensors_without_memory_are_refused(launches: list[Launch]) -> None:
+    """As tracing has them: a launch would be given null pointers."""
+    right = as_given(out=False)
+    mla.decode(**right)
+    launches.clear()
+    with FakeTensorMode() as mode:
+        fake = {n: mode.from_tensor(v) if type(v) is Tensor else v for n, v in right.items()}
+        for call in (fake, right):  # the outputs of the second are fake
+            with pytest.raises(ValueError, match=r"expected one with memory$"):
+                mla.decode(**call)
+    assert launches == []
 
 
 def test_gradients_are_refused_each_time(launches: list[Launch]) -> None:
