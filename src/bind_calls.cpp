@@ -25,10 +25,11 @@ bool read_name(nb::handle value, std::string_view& name) {
 }
 
 // The name in force: the argument, then the context's, then the environment's. False for what is no name.
-bool find_forced(nb::handle argument, nb::handle context, std::string_view& name) {
+bool find_forced(nb::handle argument, nb::handle context, Arguments& arguments) {
+  std::string_view& name = arguments.forced;
   if (!read_name(argument, name)) return false;
   if (name.empty() && !read_name(context, name)) return false;
-  if (name.empty()) name = settings::forced_variant();
+  if (name.empty()) name = arguments.settings.forced_variant;
   return true;
 }
 
@@ -37,9 +38,9 @@ using Any = nb::typed<nb::object, nb::any>;
 }  // namespace
 
 void bind_calls(nb::module_& m) {
-  m.def("forced_variant", &settings::forced_variant, "MLA_VARIANT; empty when it is not set.");
-  m.def("logs_dispatch", &settings::logs_dispatch, "Whether MLA_LOG asks for it.");
-  m.def("validates", &settings::validates, "Whether MLA_VALIDATE asks for it.");
+  m.def("forced_variant", [] { return read_settings().forced_variant; }, "MLA_VARIANT; empty when it is not set.");
+  m.def("logs_dispatch", [] { return read_settings().logs_dispatch; }, "Whether MLA_LOG asks for it.");
+  m.def("validates", [] { return read_settings().validates; }, "Whether MLA_VALIDATE asks for it.");
 
   nb::class_<PlannedSchedule>(m, "Schedule", "A schedule in device memory: what launches need to know of a plan.")
       .def(
@@ -61,10 +62,11 @@ void bind_calls(nb::module_& m) {
          nb::handle out, nb::handle lse, nb::handle workspace, nb::handle plan, nb::handle scale, nb::handle causal,
          nb::handle d_v, nb::handle return_lse, nb::handle batch_invariant, nb::handle variant,
          nb::handle context_variant) -> Any {
-        Arguments arguments{q,     kv_cache, block_table, seq_lens,   cu_seqlens_q,    out, lse, workspace, plan,
-                            scale, causal,   d_v,         return_lse, batch_invariant, {}};
+        Arguments arguments{q,          kv_cache,        block_table, seq_lens,       cu_seqlens_q, out,
+                            lse,        workspace,       plan,        scale,          causal,       d_v,
+                            return_lse, batch_invariant, {},          read_settings()};
         nb::object done;
-        if (find_forced(variant, context_variant, arguments.forced)) done = decode_prepared(arguments);
+        if (find_forced(variant, context_variant, arguments)) done = decode_prepared(arguments);
         return done.is_valid() ? Any(done) : Any(nb::none());
       },
       "q"_a.none(), "kv_cache"_a.none(), "block_table"_a.none(), "seq_lens"_a.none(), "cu_seqlens_q"_a.none(),
@@ -76,16 +78,17 @@ void bind_calls(nb::module_& m) {
       [](nb::handle q, nb::handle kv_cache, nb::handle block_table, nb::handle seq_lens, nb::handle cu_seqlens_q,
          nb::handle out, nb::handle lse, nb::handle workspace, nb::handle plan, nb::handle scale, nb::handle causal,
          nb::handle d_v, nb::handle return_lse, nb::handle batch_invariant, std::string_view forced,
-         std::string_view variant, std::string_view dtype, int device, const DecodeParams& sizes) -> Any {
-        const Arguments arguments{q,          kv_cache,        block_table, seq_lens, cu_seqlens_q, out,
-                                  lse,        workspace,       plan,        scale,    causal,       d_v,
-                                  return_lse, batch_invariant, forced};
-        return Any(decode_first(arguments, find_variant(variant), find_dtype(dtype), device, sizes));
+         std::string_view variant, std::string_view dtype, int device, const DecodeParams& sizes,
+         nb::handle choose) -> Any {
+        const Arguments arguments{q,          kv_cache,        block_table, seq_lens,       cu_seqlens_q, out,
+                                  lse,        workspace,       plan,        scale,          causal,       d_v,
+                                  return_lse, batch_invariant, forced,      read_settings()};
+        return Any(decode_first(arguments, find_variant(variant), find_dtype(dtype), device, sizes, choose));
       },
       "q"_a.none(), "kv_cache"_a.none(), "block_table"_a.none(), "seq_lens"_a.none(), "cu_seqlens_q"_a.none(),
       "out"_a.none(), "lse"_a.none(), "workspace"_a.none(), "plan"_a.none(), "scale"_a.none(), "causal"_a.none(),
       "d_v"_a.none(), "return_lse"_a.none(), "batch_invariant"_a.none(), "forced"_a, "variant"_a, "dtype"_a, "device"_a,
-      "sizes"_a, "The same for a call that was checked; prepares for others like it.");
+      "sizes"_a, "choose"_a.none(), "The same for a call that was checked; prepares for others like it.");
 
   m.def(
       "address_range",

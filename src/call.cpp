@@ -4,8 +4,6 @@
 #include <cmath>
 #include <cstring>
 
-#include "settings.h"
-
 namespace nb = nanobind;
 
 namespace mla {
@@ -87,8 +85,9 @@ bool read(Read read_tensor, const Arguments& arguments, Call& call) {
   if (call.plan)
     for (const int64_t word : call.plan->words()) call.key.add(word);
   // What was logged once is another call than what was not.
-  call.key.add(call.causal | call.return_lse << 1 | settings::logs_dispatch() << 2 | !!call.plan << 3 |
-               call.batch_invariant << 4 | int64_t{d_v} << 32);
+  call.options = call.causal | call.return_lse << 1 | arguments.settings.logs_dispatch << 2 | !!call.plan << 3 |
+                 call.batch_invariant << 4 | int64_t{d_v} << 32;
+  call.key.add(call.options);
   call.out = arguments.out;
   call.lse = arguments.lse;
   return true;
@@ -122,7 +121,7 @@ size_t Key::hash() const {
 }
 
 bool recognise(const Arguments& arguments, Call& call) {
-  if (settings::validates() || !read(torch::read, arguments, call)) return false;
+  if (arguments.settings.validates || !read(torch::read, arguments, call)) return false;
   if (!torch::grad_enabled()) return true;
   for (const nb::handle value : {arguments.q, arguments.kv_cache, arguments.out, arguments.lse})
     if (needs_backward(value)) return false;

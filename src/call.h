@@ -9,6 +9,7 @@
 #include <string_view>
 
 #include "planned.h"
+#include "settings.h"
 #include "torch.h"
 
 namespace mla {
@@ -39,6 +40,7 @@ struct Arguments {
   nanobind::handle q, kv_cache, block_table, seq_lens, cu_seqlens_q, out, lse, workspace, plan;
   nanobind::handle scale, causal, d_v, return_lse, batch_invariant;
   std::string_view forced;  // the name in force, empty if none is
+  Settings settings;
 };
 
 struct Call {
@@ -47,6 +49,7 @@ struct Call {
   PlannedSchedule* plan = nullptr;
   double scale = 0;
   bool causal = false, return_lse = false, batch_invariant = false;
+  int64_t options = 0;  // the flags, d_v and what else has no tensor
   Key key;
 };
 

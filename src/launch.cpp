@@ -1,6 +1,9 @@
 #include "launch.h"
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
+#include <tuple>
 
 #include "common/parts.h"
 #include "launch_kernel.h"
@@ -14,16 +17,27 @@ const Kernel& plan_kernel(bool batch_invariant, int device) {
                          : get_kernel("plan", kPlanEntry, device, Occupancy::any);
 }
 
-const Kernel& decode_kernel(const Variant& variant, Dtype dtype, int device) {
-  return get_kernel(variant.name, decode_entry(variant, dtype), device, Occupancy::one_block_per_sm,
-                    variant.smem_bytes);
-}
+struct DecodeKernels {
+  const Kernel *decode, *combine;
+  Start combine_start;
+};
 
-// Programmatic dependent launch: a kernel may start while the one before still runs, and waits for its results by itself.
-bool overlaps_launches(int device) { return compute_capability(device) >= 90; }
-
-const Kernel& combine_kernel(const Variant& variant, Dtype dtype, int device, bool overlaps) {
-  return get_kernel(overlaps ? "combine_sm90" : "combine_sm80", combine_entry(variant, dtype), device, Occupancy::any);
+// Looked up by their names once for a device, as each call needs them.
+const DecodeKernels& decode_kernels(const Variant& variant, Dtype dtype, int device) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, const Variant*, Dtype>, DecodeKernels> all;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const std::tuple key(device, &variant, dtype);
+  if (const auto found = all.find(key); found != all.end()) return found->second;
+  // Programmatic dependent launch: a kernel may start while the one before still runs, and waits for its results by itself.
+  const bool overlaps = compute_capability(device) >= 90;
+  return all
+      .emplace(key, DecodeKernels{&get_kernel(variant.name, decode_entry(variant, dtype), device,
+                                              Occupancy::one_block_per_sm, variant.smem_bytes),
+                                  &get_kernel(overlaps ? "combine_sm90" : "combine_sm80", combine_entry(variant, dtype),
+                                              device, Occupancy::any),
+                                  overlaps ? Start::beside_kernel_before : Start::after_kernel_before})
+      .first->second;
 }
 
 }  // namespace
@@ -42,11 +56,11 @@ void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& give
   params.by_h_q = make_fast_divisor(params.lengths.h_q);
   if (fetches_boxes(variant)) add_tensor_maps(variant, dtype, params);
   const unsigned workers = static_cast<unsigned>(params.num_workers);
-  launch_kernel(decode_kernel(variant, dtype, device), workers, 32 * static_cast<unsigned>(variant.warps), stream,
-                Start::after_kernel_before, params);
-  const bool overlaps = overlaps_launches(device);
-  launch_kernel(combine_kernel(variant, dtype, device, overlaps), kCombineCtasPerWorker * workers, kCombineThreads,
-                stream, overlaps ? Start::beside_kernel_before : Start::after_kernel_before, params, shape_of(variant));
+  const DecodeKernels& kernels = decode_kernels(variant, dtype, device);
+  launch_kernel(*kernels.decode, workers, 32 * static_cast<unsigned>(variant.warps), stream, Start::after_kernel_before,
+                params);
+  launch_kernel(*kernels.combine, kCombineCtasPerWorker * workers, kCombineThreads, stream, kernels.combine_start,
+                params, shape_of(variant));
 }
 
 void preload(const Variant& variant, int device) {
@@ -54,8 +68,9 @@ void preload(const Variant& variant, int device) {
   for (const bool batch_invariant : {false, true}) load_now(plan_kernel(batch_invariant, device));
   for (const Dtype dtype : kDtypes) {
     if (!(dtype == Dtype::bf16 ? variant.bf16 : variant.fp16)) continue;
-    load_now(decode_kernel(variant, dtype, device));
-    load_now(combine_kernel(variant, dtype, device, overlaps_launches(device)));
+    const DecodeKernels& kernels = decode_kernels(variant, dtype, device);
+    load_now(*kernels.decode);
+    load_now(*kernels.combine);
   }
 }
 

@@ -26,6 +26,9 @@ class PlannedSchedule {
   const PlanHeader* address() const { return params_.plan; }
   // All that a call which fits depends on.
   const std::array<int64_t, kPlanWords>& words() const { return words_; }
+  const Lengths& lengths() const { return params_.lengths; }
+  // The same for schedules that differ in sizes only.
+  std::array<int64_t, 2> kind() const { return {words_[kPlanWords - 2], words_[kPlanWords - 1]}; }
 
  private:
   struct Tensors {

@@ -1,11 +1,14 @@
 #include "prepared.h"
 
-#include <algorithm>
+#include <nanobind/stl/string_view.h>
+
 #include <cmath>
 #include <memory>
 #include <unordered_map>
 #include <utility>
 
+#include "kind.h"
+#include "prepare.h"
 #include "queue.h"
 #include "workspace.h"
 
@@ -14,135 +17,33 @@ namespace nb = nanobind;
 namespace mla {
 namespace {
 
-constexpr uintptr_t kAlignment = 16;  // of rows; what the calls' own strides are multiples of
-constexpr Slot kAligned[] = {kQ, kQRope, kKv, kKvRope, kOut, kWorkspace};
 // More than this are dropped, all at once. Each takes 2 KB.
 constexpr size_t kMaxPrepared = 4096;
 
-// What torch.empty_strided, which takes less time than torch.empty, is called with for an output.
-struct Allocation {
-  nb::object arguments, options;
-};
-
-struct Prepared {
-  const Variant* variant;
-  Dtype dtype;
-  int device;
-  nb::object torch_device;
-  DecodeParams params;  // without addresses and scale
-  int64_t rope_bytes;   // from a packed row to its rope part
-  size_t schedule_bytes, partials_bytes, workspace_bytes;
-  Allocation out, lse;
-  std::array<uintptr_t, kNumSlots> reach;  // bytes from a tensor's first to behind its last
-  // From each output's address to every tensor before it, as Python found them not to overlap.
-  std::array<std::array<uintptr_t, kNumSlots>, kNumSlots - kFirstWritten> apart;
+// Calls that differ in sizes only: what Python decided for the last of them that it saw.
+struct Kind {
+  Decision decision;
+  nb::object choose;  // the name of the variant, of (b, s_q, total_q, max_pages); None if it is the same for all
 };
 
 struct HashKey {
   size_t operator()(const Key& key) const { return key.hash(); }
 };
-using Table = std::unordered_map<Key, std::shared_ptr<const Prepared>, HashKey>;
+struct Tables {
+  std::unordered_map<Key, std::shared_ptr<const Prepared>, HashKey> prepared;
+  std::unordered_map<Key, std::shared_ptr<const Kind>, HashKey> kinds;
+};
 
 // Never destroyed: when the process ends, there may be no Python to give objects back to.
-Table& table() {
-  static auto* all = new Table;
+Tables& tables() {
+  static auto* all = new Tables;
   return *all;
 }
 
-// ---- What depends on addresses ----
-
-bool ranges_overlap(const Prepared& prepared, const Call& call, int a, int b) {
-  const uintptr_t first = call.tensors[a].data, second = call.tensors[b].data;
-  return prepared.reach[a] > 0 && prepared.reach[b] > 0 && first < second + prepared.reach[b] &&
-         second < first + prepared.reach[a];
+void keep(const Call& call, const std::shared_ptr<const Prepared>& made) {
+  if (tables().prepared.size() >= kMaxPrepared) forget_calls();
+  tables().prepared[call.key] = made;
 }
-
-// Whether they are as harmless as those of the prepared call. The strides are the same, so tensors whose ranges of addresses
-// overlap are apart if they lie to each other as they did then.
-bool addresses_in_order(const Prepared& prepared, const Call& call) {
-  for (const Slot slot : kAligned)
-    if (prepared.reach[slot] > 0 && call.tensors[slot].data % kAlignment != 0) return false;
-  for (int written = kFirstWritten; written < kNumSlots; ++written) {
-    if (!call.tensors[written].exists()) continue;
-    for (int other = 0; other < written; ++other)
-      if (ranges_overlap(prepared, call, written, other) &&
-          call.tensors[other].data - call.tensors[written].data != prepared.apart[written - kFirstWritten][other])
-        return false;
-  }
-  return true;
-}
-
-// ---- Preparing ----
-
-RowStrides row_strides(const TensorView& tensor, bool ragged) {
-  return ragged ? RowStrides{0, tensor.stride(0), tensor.stride(1)}
-                : RowStrides{tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
-
-// Of a contiguous output for rows of the query.
-RowStrides dense_strides(const TensorView& q, bool ragged, int64_t row) {
-  const int64_t token = q.size(q.ndim() - 2) * row;
-  return {ragged ? 0 : q.size(1) * token, token, row};
-}
-
-// Contiguous, with the leading dimensions of q, and `columns` if they are not 0.
-Allocation allocation(const TensorView& q, int columns, nb::handle dtype, nb::handle device) {
-  nb::list sizes, strides;
-  int64_t stride = columns ? columns : 1;
-  if (columns) sizes.append(columns), strides.append(1);
-  for (int i = q.ndim() - 2; i >= 0; stride *= q.size(i--)) {
-    sizes.insert(0, q.size(i));
-    strides.insert(0, stride);
-  }
-  nb::dict options;
-  options["dtype"] = dtype;
-  options["device"] = device;
-  return {nb::make_tuple(sizes, strides), options};
-}
-
-void fill(Prepared& prepared, const Arguments& arguments, const Call& call) {
-  const auto& tensors = call.tensors;
-  const TensorView &q = tensors[kQ], &kv = tensors[kKv];
-  const int d_v = prepared.variant->d_v;
-  DecodeParams& p = prepared.params;
-  const bool ragged = tensors[kCuSeqlensQ].exists();
-  const TensorView &q_rope = tensors[kQRope].exists() ? tensors[kQRope] : q,
-                   &kv_rope = tensors[kKvRope].exists() ? tensors[kKvRope] : kv;
-  p.q_nope_strides = row_strides(q, ragged);
-  p.q_rope_strides = row_strides(q_rope, ragged);
-  p.latent_strides = {kv.stride(0), kv.stride(1)};
-  p.rope_strides = {kv_rope.stride(0), kv_rope.stride(1)};
-  p.block_table_stride = tensors[kBlockTable].stride(0);
-  p.num_pages = static_cast<int32_t>(kv.size(0));
-  p.page_size = static_cast<int32_t>(kv.size(1));
-  p.out_strides = tensors[kOut].exists() ? row_strides(tensors[kOut], ragged) : dense_strides(q, ragged, d_v);
-  if (tensors[kLse].exists()) p.lse_strides = row_strides(tensors[kLse], ragged);
-  else if (call.return_lse) p.lse_strides = dense_strides(q, ragged, 1);
-  p.causal = call.causal;
-  prepared.rope_bytes = int64_t{d_v} * q.item_bytes();
-
-  nb::object one = nb::borrow(arguments.q);
-  if (PyTuple_Check(one.ptr()) || PyList_Check(one.ptr())) one = one[0];
-  prepared.torch_device = one.attr("device");
-  if (!tensors[kOut].exists()) prepared.out = allocation(q, d_v, one.attr("dtype"), prepared.torch_device);
-  if (!tensors[kLse].exists() && call.return_lse)
-    prepared.lse = allocation(q, 0, nb::module_::import_("torch").attr("float32"), prepared.torch_device);
-
-  const size_t schedule = static_cast<size_t>(plan_bytes(*prepared.variant, p));
-  prepared.schedule_bytes =
-      call.plan ? 0 : (schedule + kScheduleAlignment - 1) / kScheduleAlignment * kScheduleAlignment;
-  const size_t partial_rows = static_cast<size_t>(partial_slots(*prepared.variant, p) * prepared.variant->block_rows);
-  prepared.partials_bytes = sizeof(float) * partial_rows * static_cast<size_t>(d_v);
-  prepared.workspace_bytes = prepared.schedule_bytes + prepared.partials_bytes + sizeof(float) * partial_rows;
-  p.lengths.max_len = std::min(p.lengths.max_len, tensors[kBlockTable].size(1) * p.page_size);
-
-  for (int slot = 0; slot < kNumSlots; ++slot) prepared.reach[slot] = reach_of(tensors[slot]);
-  for (int written = kFirstWritten; written < kNumSlots; ++written)
-    for (int other = 0; other < written; ++other)
-      prepared.apart[written - kFirstWritten][other] = tensors[other].data - tensors[written].data;
-}
-
-// ---- Doing ----
 
 template <class T>
 void set(T*& field, uintptr_t address) {
@@ -195,36 +96,58 @@ nb::object queue(const Prepared& prepared, const Call& call) {
   return call.return_lse ? nb::make_tuple(out, lse) : out;
 }
 
+// A call that is like one that Python saw but for its sizes, if they are clearly right.
+std::shared_ptr<const Prepared> prepare_alike(const Arguments& arguments, const Call& call) {
+  if (arguments.settings.logs_dispatch) return {};
+  const auto found = tables().kinds.find(kind_of(arguments, call));
+  if (found == tables().kinds.end()) return {};
+  const std::shared_ptr<const Kind> kind = found->second;
+  Decision decision = kind->decision;
+  if (!read_sizes(call, decision.sizes)) return {};
+  if (!kind->choose.is_none()) {
+    const Lengths& lengths = decision.sizes.lengths;
+    const nb::object name =
+        kind->choose(lengths.num_requests, lengths.s_q, lengths.total_q, call.tensors[kBlockTable].size(1));
+    decision.variant = &find_variant(nb::cast<std::string_view>(name));
+  }
+  const auto made = std::make_shared<Prepared>();
+  prepare(decision, arguments, call, *made);
+  const TensorView& workspace = call.tensors[kWorkspace];
+  if (workspace.exists() && workspace.size(0) < static_cast<int64_t>(made->workspace_bytes)) return {};
+  if (!aligned(*made, call) || !apart(*made, call)) return {};
+  keep(call, made);
+  return made;
+}
+
 }  // namespace
 
 nb::object decode_prepared(const Arguments& arguments) {
   Call call;
   if (!recognise(arguments, call)) return {};
-  const auto found = table().find(call.key);
-  if (found == table().end()) return {};
-  const std::shared_ptr<const Prepared> prepared = found->second;  // the table may drop it when the GIL is released
-  return addresses_in_order(*prepared, call) ? queue(*prepared, call) : nb::object();
+  const auto found = tables().prepared.find(call.key);
+  // A copy, as the table may drop it when the GIL is released.
+  std::shared_ptr<const Prepared> prepared;
+  if (found == tables().prepared.end()) prepared = prepare_alike(arguments, call);
+  else if (aligned(*found->second, call) && apart_as_before(*found->second, call)) prepared = found->second;
+  return prepared ? queue(*prepared, call) : nb::object();
 }
 
 nb::object decode_first(const Arguments& arguments, const Variant& variant, Dtype dtype, int device,
-                        const DecodeParams& sizes) {
+                        const DecodeParams& sizes, nb::handle choose) {
   Call call;
   read_checked(arguments, call);
+  const Decision decision{&variant, dtype, device, sizes};
   const auto made = std::make_shared<Prepared>();
-  made->variant = &variant;
-  made->dtype = dtype;
-  made->device = device;
-  made->params = sizes;
-  fill(*made, arguments, call);
-  if (table().size() >= kMaxPrepared) forget_calls();
-  table()[call.key] = made;
+  prepare(decision, arguments, call, *made);
+  keep(call, made);
+  tables().kinds[kind_of(arguments, call)] = std::make_shared<Kind>(Kind{decision, nb::borrow(choose)});
   return queue(*made, call);
 }
 
-size_t num_prepared() { return table().size(); }
+size_t num_prepared() { return tables().prepared.size(); }
 
 void forget_calls() {
-  const Table dropped = std::exchange(table(), {});  // objects are freed when nothing refers to them any more
+  const Tables dropped = std::exchange(tables(), {});  // objects are freed when nothing refers to them any more
 }
 
 }  // namespace mla

@@ -1,24 +1,25 @@
 #include "settings.h"
 
-#include <cstdlib>
+#include <unistd.h>
 
-namespace mla::settings {
-namespace {
+#include <algorithm>
 
-std::string_view value_of(const char* name) {
-  const char* value = std::getenv(name);
-  return value ? value : "";
+namespace mla {
+
+// One pass instead of a getenv for each: an environment may have hundreds of variables, and each call asks.
+Settings read_settings() {
+  Settings settings;
+  for (char** variable = environ; variable && *variable; ++variable) {
+    const char* const first = *variable;
+    if (first[0] != 'M' || first[1] != 'L' || first[2] != 'A' || first[3] != '_') continue;
+    const std::string_view text = first;
+    const size_t equals = text.find('=');
+    const std::string_view name = text.substr(0, equals), value = text.substr(std::min(equals + 1, text.size()));
+    if (name == "MLA_VARIANT") settings.forced_variant = value;
+    else if (name == "MLA_LOG") settings.logs_dispatch = value == "dispatch";
+    else if (name == "MLA_VALIDATE") settings.validates = !value.empty() && value != "0";
+  }
+  return settings;
 }
 
-}  // namespace
-
-std::string_view forced_variant() { return value_of("MLA_VARIANT"); }
-
-bool logs_dispatch() { return value_of("MLA_LOG") == "dispatch"; }
-
-bool validates() {
-  const std::string_view value = value_of("MLA_VALIDATE");
-  return !value.empty() && value != "0";
-}
-
-}  // namespace mla::settings
+}  // namespace mla

@@ -3,10 +3,15 @@
 
 #include <string_view>
 
-namespace mla::settings {
+namespace mla {
 
-std::string_view forced_variant();  // MLA_VARIANT; empty: none
-bool logs_dispatch();               // MLA_LOG=dispatch
-bool validates();                   // MLA_VALIDATE is neither empty nor 0
+struct Settings {
+  std::string_view forced_variant;  // MLA_VARIANT; empty: none
+  bool logs_dispatch = false;       // MLA_LOG=dispatch
+  bool validates = false;           // MLA_VALIDATE is neither empty nor 0
+};
 
-}  // namespace mla::settings
+// As they are now. The text is good until the environment changes.
+Settings read_settings();
+
+}  // namespace mla

@@ -151,6 +151,8 @@ void read_attributes(nb::handle tensor, TensorView& view, int64_t* words) {
     words[1 + i] = nb::cast<int64_t>(sizes[i]);
     words[1 + ndim + i] = nb::cast<int64_t>(strides[i]);
   }
+  if (view.data == 0 && reach_of(view) > 0)  // a FakeTensor says so
+    throw std::invalid_argument("got a tensor with elements at address 0, expected one with memory");
 }
 
 }  // namespace

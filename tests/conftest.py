@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from mla import dispatch, log
+from mla import dispatch, first_call, log
 from mla.device import Device, by_name
 
 # Small operations: threads that wait for each other cost more than they give.
@@ -105,3 +105,17 @@ def launches(gpu: Device, captured: list[int]) -> Iterator[Any]:
 
     with recorded(captured) as seen:
         yield seen
+
+
+@pytest.fixture
+def firsts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A word for each call that was looked at anew."""
+    seen: list[str] = []
+    real = first_call.decode
+
+    def counted(*arguments: Any) -> Any:
+        seen.append("first")
+        return real(*arguments)
+
+    monkeypatch.setattr(first_call, "decode", counted)
+    return seen

@@ -202,6 +202,14 @@ class TestChoosing:
                 dispatch.choose(asked, where, request)
         else:
             assert dispatch.choose(asked, where, request) is explained
+            # Made for other sizes, as prepared calls have it.
+            seen = asked._replace(b=3, s_q=0 if asked.ragged else 2, total_q=6, max_pages=9)
+            name_of = dispatch.chooser(seen, where, request)
+            if name_of is None:
+                assert dispatch.choose(seen, where, request) is explained
+            else:
+                sizes_asked = asked.b, asked.s_q, asked.total_q, asked.max_pages
+                assert name_of(*sizes_asked) == explained.name
 
 
 class TestForcing:

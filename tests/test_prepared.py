@@ -10,7 +10,7 @@ import math
 import re
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from typing import Any
 
 import mla
@@ -19,175 +19,19 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mla import _mla, first_call
-from mla.device import by_name
-from recording import STREAM, Launch, recorded, set_device, set_stream
+from recipes import CHANGES, RECIPES, Recipe, launched, on_a100, run
+from recording import Launch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from wrong_calls import WRONG, Arguments, pairs, ragged, uniform
 from wrong_calls import given as changed
-
-D_V = {576: 512, 320: 256, 288: 256, 512: 512}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A call that is right. Its tensors hold nothing of interest: only where they lie matters."""
-
-    b: int = 2
-    s_q: int = 1
-    h_q: int = 3
-    d_qk: int = 576
-    dtype: torch.dtype = torch.bfloat16
-    page_size: int = 16
-    pages: int = 3
-    max_pages: int = 2
-    ragged: bool = False
-    split_q: bool = False
-    split_cache: bool = False
-    cache_rank: int = 3
-    padded: bool = False  # strides, of everything
-    out: bool = True
-    lse: bool = True
-    return_lse: bool = True
-    workspace: bool = False
-    causal: bool = True
-    scale: float = 0.1
-    d_v: bool = False  # is given
-    plan: str = ""  # "free" or "bounded" by another number of pages
-    variant: str | None = None
-    context: str | None = None  # of use_variant
-    batch_invariant: bool = False
-
-    def tensor(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        if not self.padded:
-            return torch.empty(shape, dtype=dtype)
-        return torch.empty(*(n + 2 for n in shape[:-1]), shape[-1] + 64, dtype=dtype)[
-            tuple(slice(n) for n in shape)
-        ]
-
-    def parts(self, *shape: int, split: bool) -> Tensor | tuple[Tensor, Tensor]:
-        d_v = D_V[self.d_qk]
-        if not split or self.d_qk == d_v:
-            return self.tensor(*shape, self.d_qk, dtype=self.dtype)
-        return (
-            self.tensor(*shape, d_v, dtype=self.dtype),
-            self.tensor(*shape, self.d_qk - d_v, dtype=self.dtype),
-        )
-
-    def call(self) -> Arguments:
-        rows = (self.b * self.s_q, self.h_q) if self.ragged else (self.b, self.s_q, self.h_q)
-        page = (self.page_size,) if self.cache_rank == 3 else (self.page_size, 1)
-        int32 = torch.int32
-        seq_lens = torch.empty(self.b, dtype=int32)
-        cuts = torch.empty(self.b + 1, dtype=int32) if self.ragged else None
-        plan = None
-        if self.plan:
-            with mla.use_variant(self.context or self.variant or "sm80"):
-                plan = mla.plan(
-                    seq_lens,
-                    s_q=self.s_q,
-                    h_q=self.h_q,
-                    d_qk=self.d_qk,
-                    dtype=self.dtype,
-                    page_size=self.page_size,
-                    cu_seqlens_q=cuts,
-                    total_q=rows[0] if self.ragged else None,
-                    max_pages=None if self.plan == "free" else self.max_pages - 1,
-                    batch_invariant=self.batch_invariant,
-                    variant=self.variant,
-                )
-        return {
-            "q": self.parts(*rows, split=self.split_q),
-            "kv_cache": self.parts(self.pages, *page, split=self.split_cache),
-            "block_table": self.tensor(self.b, self.max_pages, dtype=int32),
-            "seq_lens": seq_lens,
-            "scale": self.scale,
-            "causal": self.causal,
-            "cu_seqlens_q": cuts,
-            "d_v": D_V[self.d_qk] if self.d_v else None,
-            "return_lse": self.return_lse,
-            "out": self.tensor(*rows, D_V[self.d_qk], dtype=self.dtype) if self.out else None,
-            "lse": self.tensor(*rows, dtype=torch.float32) if self.lse else None,
-            "plan": plan,
-            "workspace": torch.empty(64 << 20, dtype=torch.uint8) if self.workspace else None,
-            "batch_invariant": self.batch_invariant,
-            "variant": self.variant,
-        }
-
-
-CHOICES: dict[str, list[object]] = {
-    "b": [1, 2, 5],
-    "s_q": [1, 2],
-    "h_q": [1, 3, 40],
-    "d_qk": list(D_V),
-    "dtype": [torch.bfloat16, torch.float16],
-    "page_size": [1, 16, 48],
-    "pages": [1, 3],
-    "max_pages": [2, 4, 200],
-    "cache_rank": [3, 4],
-    "scale": [0.1, -2.0, 1, 0],
-    "plan": ["", "free", "bounded"],
-    "variant": [None, "sm80"],
-    "context": [None, "sm80"],
-}
-FLAGS = [f.name for f in fields(Recipe) if f.name not in CHOICES]
-CHANGES = st.one_of(
-    *(st.tuples(st.just(name), st.sampled_from(values)) for name, values in CHOICES.items()),
-    *(st.tuples(st.just(name), st.booleans()) for name in FLAGS),
-)
-RECIPES = (
-    st.dictionaries(st.sampled_from([*CHOICES, *FLAGS]), st.none(), max_size=8)
-    .flatmap(
-        lambda names: st.fixed_dictionaries(
-            {name: st.sampled_from(CHOICES.get(name, [False, True])) for name in names}
-        )
-    )
-    .map(lambda options: Recipe(**options))
-)
-
-
-def run(call: Arguments, context: str | None) -> Any:
-    if context is None:
-        return mla.decode(**call)
-    with mla.use_variant(context):
-        return mla.decode(**call)
-
-
-def essence(launches: list[Launch], result: Any) -> list[Launch]:
-    """With addresses that differ from run to run as distances: of outputs, schedule, partials."""
-    out, lse = result if isinstance(result, tuple) else (result, None)
-    *_, decode = launches
-    base = decode.params["o_partial"]
-    made = {"out": out.data_ptr(), "lse": lse.data_ptr() if lse is not None else 0}
-    planned = len(launches) > 1  # in the workspace
-    found = []
-    for launch in launches:
-        p = dict(launch.params)
-        for name in made:
-            p[name] -= made[name] if p[name] else 0
-        if p["o_partial"]:
-            p["lse2_partial"] -= base
-            p["o_partial"] -= base
-        if planned:
-            p["plan"] -= base
-        found.append(replace(launch, params=p))
-    return found
 
 
 @pytest.fixture(scope="module")
 def seen() -> Iterator[list[Launch]]:
     """As `launches`, for all examples of a property."""
-    a100 = by_name("A100")
-    assert a100 is not None
-    with pytest.MonkeyPatch.context() as patch, recorded([]) as launches:
-        set_device(patch, a100)
-        set_stream(patch, STREAM)
+    with on_a100() as launches:
         yield launches
-
-
-def launched(seen: list[Launch], call: Arguments, context: str | None) -> list[Launch]:
-    del seen[:]
-    result = run(call, context)
-    return essence(seen, result)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -212,20 +56,6 @@ def test_prepared_calls_launch_what_first_calls_do(
 
 
 # ---- What is prepared is used, and only for what it is good for ----
-
-
-@pytest.fixture
-def firsts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A word for each call that was looked at anew."""
-    seen: list[str] = []
-    real = first_call.decode
-
-    def counted(*arguments: Any) -> Any:
-        seen.append("first")
-        return real(*arguments)
-
-    monkeypatch.setattr(first_call, "decode", counted)
-    return seen
 
 
 def as_given(**options: Any) -> Arguments:
@@ -319,6 +149,20 @@ def test_what_nobody_prepares_is_still_right(launches: list[Launch]) -> None:
         for _ in range(2):
             mla.decode(**call | change)
             assert launches[-1].params == want
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_tensors_without_memory_are_refused(launches: list[Launch]) -> None:
+    """As tracing has them: a launch would be given null pointers."""
+    right = as_given(out=False)
+    mla.decode(**right)
+    launches.clear()
+    with FakeTensorMode() as mode:
+        fake = {n: mode.from_tensor(v) if type(v) is Tensor else v for n, v in right.items()}
+        for call in (fake, right):  # the outputs of the second are fake
+            with pytest.raises(ValueError, match=r"expected one with memory$"):
+                mla.decode(**call)
+    assert launches == []
 
 
 def test_gradients_are_refused_each_time(launches: list[Launch]) -> None:

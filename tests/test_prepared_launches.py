@@ -137,19 +137,24 @@ print(json.dumps(_mla.num_prepared()))
     assert json.loads(prepared) == 3
 
 
-def test_the_first_call_of_a_shape_is_bounded(run: Any) -> None:
-    """In functions of Python that it enters, choice of the variant included."""
+def test_first_calls_are_bounded(run: Any) -> None:
+    """In functions of Python that they enter: the first of a kind, and of other sizes."""
     script = f"""{CALLS}
 import sys
-def call(b):
-    return {{name: t if name == "kv_cache" else t[:b] for name, t in calls[0].items()}}
-mla.decode(**call(3), scale=1.0)
-entered = []
-sys.setprofile(lambda frame, event, _: entered.append(event))
-mla.decode(**call(2), scale=1.0)
-sys.setprofile(None)
-print(entered.count("call"), _mla.num_prepared())
+def entered(b, heads):
+    given = calls[0] | {{name: calls[0][name][:b] for name in ("block_table", "seq_lens")}}
+    for name in ("q", "out", "lse"):
+        given[name] = calls[0][name][:b, :, :heads].clone()
+    names = []
+    sys.setprofile(lambda frame, event, _: names.append((event, frame.f_code.co_name)))
+    mla.decode(**given, scale=1.0)
+    sys.setprofile(None)
+    return [name for event, name in names if event == "call"]
+entered(3, 8)
+print(json.dumps([entered(3, 4), entered(2, 4), _mla.num_prepared()]))
 """
-    entered, prepared = run(script, prologue=AS_H200).printed.split()
-    assert int(prepared) == 2
-    assert int(entered) <= 75
+    kind, sizes, prepared = json.loads(run(script, prologue=AS_H200).printed)
+    assert prepared == 3
+    assert len(kind) <= 80
+    assert sizes[:2] == ["decode", "name"]  # the second names the variant
+    assert len(sizes) <= 10

@@ -133,7 +133,41 @@ def decode(
     Raises TypeError and ValueError for arguments that do not fit, UnsupportedError if no variant or
     not the forced one can run the call, CudaError if the driver refuses.
     """
-    call = (q, kv_cache, block_table, seq_lens, cu_seqlens_q, out, lse, workspace, plan)
-    how = (scale, causal, d_v, return_lse, batch_invariant, variant)
-    done: Tensor | tuple[Tensor, Tensor] | None = _mla.decode_prepared(*call, *how, in_context())
-    return first_call.decode(*call, *how) if done is None else done
+    # Written out, as packing arguments takes longer than passing them.
+    done: Tensor | tuple[Tensor, Tensor] | None = _mla.decode_prepared(
+        q,
+        kv_cache,
+        block_table,
+        seq_lens,
+        cu_seqlens_q,
+        out,
+        lse,
+        workspace,
+        plan,
+        scale,
+        causal,
+        d_v,
+        return_lse,
+        batch_invariant,
+        variant,
+        in_context(),
+    )
+    if done is not None:
+        return done
+    return first_call.decode(
+        q,
+        kv_cache,
+        block_table,
+        seq_lens,
+        cu_seqlens_q,
+        out,
+        lse,
+        workspace,
+        plan,
+        scale,
+        causal,
+        d_v,
+        return_lse,
+        batch_invariant,
+        variant,
+    )

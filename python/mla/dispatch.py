@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from . import _mla, costs
 from .device import Device
@@ -30,6 +30,9 @@ class Forced(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name!r} (forced by {self.by})"
+
+
+Rivals: TypeAlias = tuple[tuple[Variant, Model | None], ...]  # that can run a kind of problem
 
 
 class Choice(NamedTuple):
@@ -106,11 +109,34 @@ def choose(problem: Problem, device: Device, request: Forced | None) -> Variant:
     able = _rivals(problem.kind, ranked.kind, device, request)
     if not able:
         raise refusal(problem, device, weigh(problem, device, request))
+    return _fastest(able, ranked, device)
+
+
+def chooser(
+    problem: Problem, device: Device, request: Forced | None
+) -> Callable[[int, int, int, int], str] | None:
+    """Names what `choose` returns where b, s_q, total_q and max_pages are others.
+
+    None where that is always the same. The problem has a variant.
+    """
+    able = _rivals(problem.kind, _ranked(problem).kind, device, request)
+    if len(able) == 1 or problem.batch_invariant:
+        return None
+
+    def name(b: int, s_q: int, total_q: int, max_pages: int) -> str:
+        sizes = problem._replace(b=b, s_q=s_q, total_q=total_q, max_pages=max_pages)
+        return _fastest(able, sizes, device).name
+
+    return name
+
+
+def _fastest(able: Rivals, problem: Problem, device: Device) -> Variant:
+    best, _ = able[0]
     if len(able) == 1:
-        return able[0][0]
-    b, rows, max_len, workers = ranked.b, ranked.rows, ranked.max_len, device.sm_count
+        return best
+    b, rows, max_len, workers = problem.b, problem.rows, problem.max_len, device.sm_count
     cuts: dict[int, Cut] = {}
-    best, best_us = able[0][0], float("inf")
+    best_us = float("inf")
     for variant, found in able:
         us = 0.0
         if found:
@@ -130,15 +156,20 @@ def _ranked(problem: Problem) -> Problem:
 
 
 @lru_cache(maxsize=1024)
-def _rivals(
-    kind: Kind, ranked: Kind, device: Device, request: Forced | None
-) -> tuple[tuple[Variant, Model | None], ...]:
-    """The variants that may be chosen. Of those with equal models the first in the table wins."""
+def _rivals(kind: Kind, ranked: Kind, device: Device, request: Forced | None) -> Rivals:
+    """The variants that may be chosen, without those that another one always beats.
+
+    Of those with equal models the first in the table wins.
+    """
     able: dict[Model | None, Variant] = {}
     for variant in VARIANTS:
         if (request is None or request.admits(variant)) and not variant.unsupported(kind, device):
             able.setdefault(model(variant, ranked, device), variant)
-    return tuple((variant, found) for found, variant in able.items())
+    return tuple(
+        (variant, found)
+        for found, variant in able.items()
+        if found is None or not any(other and other.beats(found) for other in able)
+    )
 
 
 def forget() -> None:

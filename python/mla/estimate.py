@@ -112,6 +112,12 @@ class Model(NamedTuple):
     tile_row_us: float  # a KV row in one worker, with one row block
     merge_us: float  # a partial row
 
+    def beats(self, other: Model) -> bool:
+        """Whether it takes less, whatever the sizes are."""
+        costs = zip(self, other, strict=True)
+        same = self.block_rows == other.block_rows
+        return same and self.start_us < other.start_us and all(a <= b for a, b in costs)
+
     def parts_us(self, cut: Cut) -> tuple[float, float, float]:
         """For memory, for tiles, and for the rest."""
         kv_rows, query_rows, longest, further_parts, partial_rows = cut

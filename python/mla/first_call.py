@@ -15,7 +15,7 @@ from . import _mla, cpu, launch, log, outputs, validate
 from . import workspace as workspaces
 from .checks import DTYPES, wrong
 from .device import Device, facts
-from .dispatch import choose, forced
+from .dispatch import choose, chooser, forced
 from .explain import of_problem
 from .inputs import Inputs, TensorOrPair
 from .plan import Plan
@@ -95,6 +95,7 @@ def decode(
         DTYPES[problem.dtype],
         launch.ordinal(target),
         launch.sizes(problem, num_workers=device.sm_count, max_len=planned_len),
+        chooser(problem, device, request) if plan is None else None,
     )
     return result
 
