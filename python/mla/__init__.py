@@ -1,10 +1,12 @@
 """Multi-head latent attention (MLA) decode for NVIDIA GPUs and the CPU."""
 
+from .absorb import AbsorbedWeights, absorb
 from .api import decode
 from .dispatch import use_variant
 from .errors import CudaError, UnsupportedError
 from .explain import explain
 from .info import info, version
+from .layer_config import LayerConfig
 from .merge import merge_states
 from .plan import Plan, plan
 from .preload import preload
@@ -13,10 +15,13 @@ from .variants import variants
 __version__ = version()
 
 __all__ = [
+    "AbsorbedWeights",
     "CudaError",
+    "LayerConfig",
     "Plan",
     "UnsupportedError",
     "__version__",
+    "absorb",
     "decode",
     "explain",
     "info",
