@@ -2,6 +2,7 @@
 
 from .absorb import AbsorbedWeights, absorb
 from .api import decode
+from .append import append
 from .dispatch import use_variant
 from .errors import CudaError, UnsupportedError
 from .explain import explain
@@ -22,6 +23,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "absorb",
+    "append",
     "decode",
     "explain",
     "info",

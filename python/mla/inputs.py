@@ -46,8 +46,8 @@ class Inputs:
         cu_seqlens_q: Tensor | None,
     ) -> Inputs:
         return cls(
-            *_parts("q", "q_nope, q_rope", q),
-            *_parts("kv_cache", "latent, rope", kv_cache),
+            *parts("q", "q_nope, q_rope", q),
+            *parts("kv_cache", "latent, rope", kv_cache),
             block_table,
             seq_lens,
             cu_seqlens_q,
@@ -143,9 +143,10 @@ class Inputs:
                 raise wrong(name, f"{width} columns", f"{D_V[d_qk]}, the d_v of d_qk = {d_qk}")
 
 
-def _parts(name: str, parts: str, value: TensorOrPair) -> tuple[Tensor, Tensor | None]:
+def parts(name: str, of: str, value: TensorOrPair) -> tuple[Tensor, Tensor | None]:
+    """One tensor, or the two of a pair."""
     if isinstance(value, (tuple, list)):
         if len(value) != 2:
-            raise TypeError(f"{name}: got {len(value)} tensors, expected one or the pair ({parts})")
+            raise TypeError(f"{name}: got {len(value)} tensors, expected one or the pair ({of})")
         return value[0], value[1]
     return value, None
