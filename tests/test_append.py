@@ -115,9 +115,13 @@ def int32(*shape: int) -> torch.Tensor:
             ValueError,
             "rope: got data at byte 8 of 16",
         ),
-        ({"rope": None}, ValueError, r"kv_cache: .* expected \[pages, page_size, 512\]"),
+        ({"rope": None}, ValueError, "kv_cache: got rows of 576, expected 512"),
         ({"kv_cache": torch.zeros(4, 16, 576)}, TypeError, "kv_cache: got torch.float32"),
-        ({"kv_cache": torch.zeros(4, 16, 512, dtype=BF16)}, ValueError, "kv_cache: got shape"),
+        (
+            {"kv_cache": torch.zeros(4, 16, 512, dtype=BF16)},
+            ValueError,
+            "kv_cache: got rows of 512",
+        ),
         ({"kv_cache": torch.zeros(4, 0, 576, dtype=BF16)}, ValueError, "kv_cache: got shape"),
         ({"kv_cache": torch.zeros(4, 16, 2, 576, dtype=BF16)}, ValueError, "kv_cache: got shape"),
         (

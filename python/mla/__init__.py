@@ -10,6 +10,7 @@ from .info import info, version
 from .layer_config import LayerConfig
 from .merge import merge_states
 from .plan import Plan, plan
+from .prefill import Prefill, prefill
 from .preload import preload
 from .variants import variants
 
@@ -20,6 +21,7 @@ __all__ = [
     "CudaError",
     "LayerConfig",
     "Plan",
+    "Prefill",
     "UnsupportedError",
     "__version__",
     "absorb",
@@ -29,6 +31,7 @@ __all__ = [
     "info",
     "merge_states",
     "plan",
+    "prefill",
     "preload",
     "use_variant",
     "variants",

@@ -17,6 +17,7 @@ from .checks import (
     shape_of,
     wrong,
 )
+from .inputs import check_pages
 from .outputs import overlap, overlaps_itself
 
 COLUMNS = 8  # what widths are multiples of
@@ -114,16 +115,9 @@ class NewRows:
         widths = [c + r] if self.rope_cache is None else [c, r]
         for (name, tensor), width in zip(self._caches().items(), widths, strict=True):
             self._check_kind(name, tensor)
-            shape = tensor.shape
-            one_head = len(shape) == 3 or (len(shape) == 4 and shape[2] == 1)
-            if not one_head or shape[-1] != width or shape[1] < 1:
-                layout = f"[pages, page_size, {width}] or [pages, page_size, 1, {width}]"
-                raise wrong(name, shape_of(tensor), layout)
-            if shape[:2] != self.cache.shape[:2]:
-                before = list(self.cache.shape[:2])
-                raise wrong(name, shape_of(tensor), f"{before} pages and page_size, as latent")
-            if shape[0] > INT32_MAX or shape[1] > INT32_MAX:
-                raise wrong(name, shape_of(tensor), "fewer than 2^31 pages and tokens per page")
+            check_pages(name, tensor, self.cache)
+            if tensor.shape[-1] != width:
+                raise wrong(name, f"rows of {tensor.shape[-1]}", f"{width}, as latent and rope")
             check_strides(name, tensor)
 
     def _check_angles(self, cos_sin: Tensor) -> None:
