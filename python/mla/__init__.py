@@ -1,5 +1,6 @@
 """Multi-head latent attention (MLA) decode for NVIDIA GPUs and the CPU."""
 
+from . import nn
 from .absorb import AbsorbedWeights, absorb
 from .api import decode
 from .append import append
@@ -30,6 +31,7 @@ __all__ = [
     "explain",
     "info",
     "merge_states",
+    "nn",
     "plan",
     "prefill",
     "preload",

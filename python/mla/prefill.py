@@ -68,7 +68,10 @@ def prefill(
     new = NewTokens.of(q, kv_cache, block_table, seq_lens, cu_seqlens_q, w_kv_b)
     workspace_bytes = check_size("workspace_bytes", workspace_bytes, 1)
     if method is None:
-        method = "absorbed" if variant is not None else _choose(new)
+        mean = new.q_nope.shape[0] / max(len(seq_lens), 1)
+        sizes = {"kv_lora": new.kv_lora, "nope": new.nope, "rope": new.rope, "v": new.v}
+        chosen = choose(mean, new.q_nope.dtype, new.q_nope.device, **sizes)
+        method = "absorbed" if variant is not None else chosen
     if method not in ("absorbed", "expanded"):
         raise wrong("method", repr(method), "'absorbed', 'expanded' or None")
     if method == "expanded" and variant is not None:
@@ -100,16 +103,22 @@ def cheaper_method(new_tokens: float, *, kv_lora: int, nope: int, rope: int, v: 
     return "expanded" if saved > 0 and new_tokens * saved >= made else "absorbed"
 
 
-def _choose(new: NewTokens) -> Method:
-    """By the mean of new tokens; absorbed while a graph is captured, expanded where `decode` has
-    no kernel for the dims or the dtype."""
-    if new.q_nope.dtype not in DTYPES or D_V.get(new.kv_lora + new.rope) != new.kv_lora:
+def choose(
+    new_tokens: float, dtype: torch.dtype, device: torch.device, *, kv_lora: int, nope: int,
+    rope: int, v: int,
+) -> Method:  # fmt: skip
+    """cheaper_method, but absorbed while a graph is captured, and expanded where `decode` has no
+    kernel for the dims or the dtype. new_tokens: the mean over requests."""
+    if dtype not in DTYPES or D_V.get(kv_lora + rope) != kv_lora:
         return "expanded"
-    device = new.q_nope.device
     if device.type == "cuda" and launch.capturing(device):
         return "absorbed"
-    mean = new.q_nope.shape[0] / max(len(new.seq_lens), 1)
-    return cheaper_method(mean, kv_lora=new.kv_lora, nope=new.nope, rope=new.rope, v=new.v)
+    return cheaper_method(new_tokens, kv_lora=kv_lora, nope=nope, rope=rope, v=v)
+
+
+def absorbed_bytes(heads: int, kv_lora: int, dtype: torch.dtype) -> int:
+    """Of a query token's absorbed query, output over latents and log-sum-exp."""
+    return heads * (2 * kv_lora * dtype.itemsize + 4)
 
 
 def _absorbed(
@@ -123,7 +132,7 @@ def _absorbed(
 ) -> None:
     """Steps of query tokens, of all requests in order. A request's last token of a step sees as
     much less than its last one as there are tokens behind the step."""
-    per_token = new.heads * (2 * new.kv_lora * new.q_nope.element_size() + 4)
+    per_token = absorbed_bytes(new.heads, new.kv_lora, new.q_nope.dtype)
     step = workspace_bytes // per_token
     if step < LEAST_TOKENS:
         raise wrong("workspace_bytes", workspace_bytes, f"at least {LEAST_TOKENS * per_token}")
