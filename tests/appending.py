@@ -158,6 +158,14 @@ MISTAKES = [
 ]
 
 
+def make_beyond_the_table(device: torch.device | str = "cpu") -> Call:
+    """The call of MISTAKEN with a block table that ends right before the last token."""
+    call = make_append(MISTAKEN, device)
+    call.want[0][call.kwargs["block_table"][2, 2], 0] = POISON
+    call.kwargs["block_table"] = call.kwargs["block_table"][:, :2]
+    return call
+
+
 def make_mistake(mistake: Mistake, device: torch.device | str = "cpu") -> Call:
     """The call of MISTAKEN with one wrong value."""
     call = make_append(MISTAKEN, device)

@@ -10,7 +10,16 @@ from typing import Any
 import mla
 import pytest
 import torch
-from appending import CASES, MISTAKES, POISON, Append, Mistake, make_append, make_mistake
+from appending import (
+    CASES,
+    MISTAKES,
+    POISON,
+    Append,
+    Mistake,
+    make_append,
+    make_beyond_the_table,
+    make_mistake,
+)
 from fake_driver import FastDivisor
 from mla import _mla, reference
 from mla.device import by_name
@@ -30,6 +39,12 @@ def test_rows_are_where_decode_looks(case: Append, dtype: torch.dtype | None) ->
 @pytest.mark.parametrize("mistake", MISTAKES, ids=str)
 def test_tokens_without_a_place_are_left_out(mistake: Mistake) -> None:
     call = make_mistake(mistake)
+    mla.append(**call.kwargs)
+    call.check()
+
+
+def test_positions_beyond_the_table_are_left_out() -> None:
+    call = make_beyond_the_table()
     mla.append(**call.kwargs)
     call.check()
 

@@ -102,7 +102,7 @@ def test_a_step_fits_its_memory(name: str, heads: int, megabytes: int, fused: bo
             assert heads * 16 * 16 * 2 * 2000 > megabytes << 20
             return
     k, v = model.nope + model.rope, model.v
-    queries = step.queries * heads * (2 * (k + v) + 4)
+    queries = step.queries * heads * (2 * (k + v) + 4 * v + 4)
     kv = step.kv * (2 * (model.kv_lora + model.rope) + 2 * heads * (model.nope + v + k))
     wide = 0 if fused else 4 * heads * (step.queries + step.kv) * (k + v)
     logits = 0 if fused else 12 * heads * step.queries * step.kv
@@ -221,5 +221,5 @@ class TestArguments:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(expanded, "is_fused", lambda new: True)
             step = expanded.step_size(new, WORKSPACE_BYTES)
-        assert step.queries > 1000
+        assert step.queries > 500
         assert step.kv > 2000

@@ -35,7 +35,8 @@ def is_fused(new: NewTokens) -> bool:
 def step_size(new: NewTokens, workspace_bytes: int) -> Step:
     """Of the tokens whose queries, keys, values and results fit. ValueError if hardly any do."""
     size, heads, rows = new.q_nope.element_size(), new.heads, new.nope + new.rope
-    per_query = size * heads * (rows + new.v) + 4 * heads
+    # The fused attention adds up wide values in float32.
+    per_query = heads * (size * (rows + new.v) + 4 * new.v + 4)
     per_kv = size * (new.kv_lora + new.rope + heads * (new.nope + new.v) + heads * rows)
     per_pair = 0
     if not is_fused(new):  # operands in float32; logits, probabilities and one more of the size
@@ -102,6 +103,7 @@ def _attend_request(
         for at in range(first, tokens, step.queries):
             seen_by = slice(at, min(at + step.queries, tokens))
             _attend_rows(new, rows, seen_by, keys, values, out, lse, scale, causal=False)
+        del keys, values  # before there are others
         begin = end
 
 

@@ -74,8 +74,8 @@ class MultiHeadLatentAttention(Projections):
             )  # fmt: skip
             method = "absorbed" if plan is not None or variant is not None else chosen
         where = (kv_cache, block_table, seq_lens)
-        at_once = tokens * absorbed_bytes(c.heads, c.kv_lora, hidden.dtype) <= workspace_bytes
-        if method == "absorbed" and (at_once or plan is not None):
+        step_bytes = tokens * absorbed_bytes(c.heads, c.kv_lora, c.v, hidden.dtype)
+        if method == "absorbed" and (step_bytes <= workspace_bytes or plan is not None):
             o_latent = decode(
                 self.absorbed_query(hidden, positions),
                 *where,

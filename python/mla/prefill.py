@@ -116,9 +116,9 @@ def choose(
     return cheaper_method(new_tokens, kv_lora=kv_lora, nope=nope, rope=rope, v=v)
 
 
-def absorbed_bytes(heads: int, kv_lora: int, dtype: torch.dtype) -> int:
-    """Of a query token's absorbed query, output over latents and log-sum-exp."""
-    return heads * (2 * kv_lora * dtype.itemsize + 4)
+def absorbed_bytes(heads: int, kv_lora: int, v: int, dtype: torch.dtype) -> int:
+    """Of a query token's absorbed query, output over latents, values of heads and log-sum-exp."""
+    return heads * ((2 * kv_lora + v) * dtype.itemsize + 4)
 
 
 def _absorbed(
@@ -132,11 +132,10 @@ def _absorbed(
 ) -> None:
     """Steps of query tokens, of all requests in order. A request's last token of a step sees as
     much less than its last one as there are tokens behind the step."""
-    per_token = absorbed_bytes(new.heads, new.kv_lora, new.q_nope.dtype)
+    per_token = absorbed_bytes(new.heads, new.kv_lora, new.v, new.q_nope.dtype)
     step = workspace_bytes // per_token
     if step < LEAST_TOKENS:
         raise wrong("workspace_bytes", workspace_bytes, f"at least {LEAST_TOKENS * per_token}")
-    w_uk, w_uv = new.weights()
     cuts, lens = new.cu_seqlens_q, new.seq_lens
     for begin in range(0, len(out), step):
         end = min(begin + step, len(out))
@@ -146,16 +145,32 @@ def _absorbed(
             lens = new.seq_lens
         if end - begin < len(out):
             cuts = new.cu_seqlens_q.clamp(begin, end) - begin
-        q_latent = absorb_query(new.q_nope[begin:end], w_uk)
-        o_latent = decode(
-            q_latent if new.q_rope is None else (q_latent, new.q_rope[begin:end]),
-            new.kv_cache,
-            new.block_table,
-            lens,
-            scale=scale,
-            causal=causal,
-            cu_seqlens_q=cuts,
-            lse=lse[begin:end],
-            variant=variant,
-        )
-        out[begin:end] = expand_output(o_latent, w_uv)
+        rows = slice(begin, end)
+        out[rows] = _absorbed_step(new, rows, cuts, lens, lse[rows], scale, causal, variant)
+
+
+def _absorbed_step(
+    new: NewTokens,
+    rows: slice,
+    cuts: Tensor,
+    lens: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
+    variant: str | None,
+) -> Tensor:
+    """Of query tokens `rows`, which requests have by `cuts`: values of heads."""
+    w_uk, w_uv = new.weights()
+    q_latent = absorb_query(new.q_nope[rows], w_uk)
+    o_latent = decode(
+        q_latent if new.q_rope is None else (q_latent, new.q_rope[rows]),
+        new.kv_cache,
+        new.block_table,
+        lens,
+        scale=scale,
+        causal=causal,
+        cu_seqlens_q=cuts,
+        lse=lse,
+        variant=variant,
+    )
+    return expand_output(o_latent, w_uv)

@@ -8,7 +8,16 @@ from typing import Any
 import mla
 import pytest
 import torch
-from appending import CASES, MISTAKES, POISON, Append, Mistake, make_append, make_mistake
+from appending import (
+    CASES,
+    MISTAKES,
+    POISON,
+    Append,
+    Mistake,
+    make_append,
+    make_beyond_the_table,
+    make_mistake,
+)
 from cases import gaps_hold
 
 pytestmark = pytest.mark.filterwarnings("ignore:Synchronization debug mode")
@@ -32,6 +41,12 @@ def test_rows_are_where_decode_looks(
 @pytest.mark.parametrize("mistake", MISTAKES, ids=str)
 def test_tokens_without_a_place_are_left_out(mistake: Mistake, device: torch.device) -> None:
     call = make_mistake(mistake, device)
+    mla.append(**call.kwargs)
+    call.check()
+
+
+def test_positions_beyond_the_table_are_left_out(device: torch.device) -> None:
+    call = make_beyond_the_table(device)
     mla.append(**call.kwargs)
     call.check()
 
