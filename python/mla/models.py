@@ -66,6 +66,8 @@ MODELS: dict[str, Model] = {
     "Mistral-Small-4": _model(
         32, 1024, 256, 64, 64, 128, "queries grow with their position", yarn=(128, 1)
     ),
+    "Mistral-Large-4": _model(64, None, 512, 64, 64, 128, _SPARSE),
+    "Ling-3.0": _model(32, None, 512, 128, 64, 128, _GATED),
     "Hy-V4": _model(32, 1536, 512, 192, 64, 256, _SPARSE),
     "dots3-note": _model(128, 1024, 512, 128, 64, 128, _SPARSE),
     "A.X-K1": _model(64, 1536, 512, 128, 64, 128),
