@@ -6,6 +6,7 @@
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
 
+#include "append.h"
 #include "bind_calls.h"
 #include "bind_params.h"
 #include "driver.h"
@@ -202,6 +203,10 @@ NB_MODULE(_mla, m) {
       },
       "variant"_a, "dtype"_a, "params"_a, "device"_a, "stream"_a,
       "Runs the variant's kernel by params.plan, then combines what was split.");
+  m.def("launch_append", &launch_append, "dtype"_a, "addresses"_a, "strides"_a, "sizes"_a, "interleaved"_a, "device"_a,
+        "stream"_a,
+        "Writes rows of new tokens into a paged cache. What stands where: AppendAddresses, AppendStrides and "
+        "AppendSizes of src/append.h.");
   m.def("launch_merge", &launch_merge, "dtype"_a, "addresses"_a, "strides"_a, "sizes"_a, "d"_a, "device"_a, "stream"_a,
         "Merges two attention states: o_a, o_b, out, then lse_a, lse_b, lse. Rows of `d` columns in three dimensions.");
 }

@@ -1,5 +1,5 @@
 // The kernel images that are embedded in this module: fatbins, one per row of kernels/variants.inc, plus `plan`,
-// `combine` and `merge`.
+// `combine`, `append` and `merge`.
 #pragma once
 
 #include <cstddef>

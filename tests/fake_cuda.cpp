@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "common/append.h"
 #include "common/merge.h"
 #include "common/schedule.h"
 
@@ -71,6 +72,7 @@ std::vector<size_t> parameter_sizes(const std::string& kernel) {
   if (kernel == "mla_plan" || kernel == "mla_plan_parts")
     return {sizeof(Lengths), sizeof(schedule::Shape), sizeof(int32_t), sizeof(PlanHeader*)};
   if (kernel.rfind("mla_combine", 0) == 0) return {sizeof(DecodeParams), sizeof(schedule::Shape)};
+  if (kernel.rfind("mla_append", 0) == 0) return {sizeof(AppendParams)};
   if (kernel.rfind("mla_merge", 0) == 0) return {sizeof(MergeParams)};
   return {sizeof(DecodeParams)};
 }

@@ -12,9 +12,9 @@ import torch
 from command_line import Output, command
 from mla import data, reference
 from mla.cli import demo
-from mla.demo_layer import DemoLayer, ExpandedReference, LayerConfig
+from mla.demo_layer import DemoLayer, ExpandedReference, deepseek_v3
 
-SMALL_LAYER = functools.partial(LayerConfig, hidden=128, heads=8, q_lora=64)
+SMALL_LAYER = functools.partial(deepseek_v3, hidden=128, heads=8, q_lora=64)
 
 
 def test_demo_with_the_real_sizes(capsys: Output) -> None:
@@ -27,7 +27,7 @@ def test_demo_with_the_real_sizes(capsys: Output) -> None:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_demo_small(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "LayerConfig", SMALL_LAYER)
+    monkeypatch.setattr(demo, "deepseek_v3", SMALL_LAYER)
     line = f"demo --device cpu --steps 6 --page-size 1 --seed 3 --dtype {dtype}"
     assert command(line) == 0
 
@@ -56,7 +56,7 @@ def test_demo_notices(
         return decode(q, kv_cache, **inputs)
 
     monkeypatch.setattr(mla, "decode", mistaken)
-    monkeypatch.setattr(demo, "LayerConfig", SMALL_LAYER)
+    monkeypatch.setattr(demo, "deepseek_v3", SMALL_LAYER)
     assert command("demo --device cpu --steps 3") == 1
     assert "steps are wrong" in capsys.readouterr().out
 
@@ -70,15 +70,16 @@ def test_expanded_reference_agrees_with_the_one_step_reference() -> None:
         device=torch.device("cpu"),
         seed=1,
     )
-    positions = torch.arange(9)
+    positions = torch.arange(9, dtype=torch.int32)
     hidden = layer.embed(torch.tensor(data.encode("absorbed")))
-    rows, (q_nope, q_rope) = layer.cache_rows(hidden, positions), layer.queries(hidden, positions)
+    rows = layer.cache_rows(*layer.latents(hidden), positions)
+    q_nope, q_rope = layer.queries(hidden, positions)
     expanded = ExpandedReference(layer, [9])
     expanded.append(0, rows[:4])
     expanded.append(0, rows[4:])
     latent, rope = rows[:, : config.kv_lora], rows[:, config.kv_lora :]
     want, _ = reference.attend_expanded(
-        q_nope[-1:], q_rope[-1:], latent, rope, layer.w_uk, layer.w_uv, scale=config.scale
+        q_nope[-1:], q_rope[-1:], latent, rope, *layer.factors(), scale=config.softmax_scale
     )
     torch.testing.assert_close(expanded.attend(0, q_nope[-1], q_rope[-1]), want[0])
 

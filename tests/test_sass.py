@@ -24,6 +24,7 @@ IMAGES = [
     "plan_parts",
     "combine_sm80",
     "combine_sm90",
+    "append",
     "merge",
     *(v["name"] for v in GPU_VARIANTS),
 ]
@@ -134,6 +135,8 @@ def entry_points(image: str) -> set[str]:
         return {f"mla_{image}"}
     if image.startswith("combine"):
         return {f"mla_combine_{t}_v{d_v}" for t in ("bf16", "fp16") for d_v in (512, 256)}
+    if image == "append":
+        return {"mla_append_bf16", "mla_append_fp16"}
     if image == "merge":
         types = ("bf16", "fp16", "fp32")
         return {f"mla_merge_{t}{end}" for t in types for end in ("", "_unaligned")}
@@ -191,7 +194,8 @@ def test_parameters_are_what_the_host_passes(image: str) -> None:
     params, lengths, shape, pointer = _mla.PARAMS_BYTES, 40, 12, 8
     planner, combine = [lengths, shape, 4, pointer], [params, shape]
     wanted = {"plan": planner, "plan_parts": planner}
-    wanted |= {"combine_sm80": combine, "combine_sm90": combine, "merge": [240]}
+    wanted |= {"combine_sm80": combine, "combine_sm90": combine}
+    wanted |= {"append": [216], "merge": [240]}
     for kind, arch, _, text in parts(image, "-elf"):
         if kind != "elf":
             continue

@@ -139,6 +139,7 @@ def test_images_are_of_the_table() -> None:
         "plan_parts",
         "combine_sm80",
         "combine_sm90",
+        "append",
         "merge",
         *(v.name for v in GPU_VARIANTS),
     }

@@ -102,6 +102,7 @@ def test_images_are_those_of_the_table() -> None:
         "plan_parts",
         "combine_sm80",
         "combine_sm90",
+        "append",
         "merge",
         *rows,
     ]

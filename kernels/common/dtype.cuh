@@ -20,4 +20,12 @@ __device__ __forceinline__ uint32_t pack2(float low, float high) {
   return bits;
 }
 
+template <class T>
+__device__ __forceinline__ float to_float(uint16_t bits) {
+  if constexpr (__is_same(T, bf16)) return __uint_as_float(uint32_t{bits} << 16);
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+  return x;
+}
+
 }  // namespace mla

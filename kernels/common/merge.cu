@@ -14,14 +14,6 @@ struct fp32 {};
 template <class T>
 constexpr int kBytes = __is_same(T, fp32) ? 4 : 2;
 
-template <class T>
-__device__ __forceinline__ float to_float(uint16_t bits) {
-  if constexpr (__is_same(T, bf16)) return __uint_as_float(uint32_t{bits} << 16);
-  float x;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
-  return x;
-}
-
 // The eight columns of a chunk. Aligned: in pieces of 16 bytes; else one by one, since nothing but an element is aligned.
 template <class T, bool Aligned>
 __device__ __forceinline__ void load_chunk(const char* from, float (&x)[kMergeColumns]) {

@@ -1,27 +1,39 @@
 """Multi-head latent attention (MLA) decode for NVIDIA GPUs and the CPU."""
 
+from . import nn
+from .absorb import AbsorbedWeights, absorb
 from .api import decode
+from .append import append
 from .dispatch import use_variant
 from .errors import CudaError, UnsupportedError
 from .explain import explain
 from .info import info, version
+from .layer_config import LayerConfig
 from .merge import merge_states
 from .plan import Plan, plan
+from .prefill import Prefill, prefill
 from .preload import preload
 from .variants import variants
 
 __version__ = version()
 
 __all__ = [
+    "AbsorbedWeights",
     "CudaError",
+    "LayerConfig",
     "Plan",
+    "Prefill",
     "UnsupportedError",
     "__version__",
+    "absorb",
+    "append",
     "decode",
     "explain",
     "info",
     "merge_states",
+    "nn",
     "plan",
+    "prefill",
     "preload",
     "use_variant",
     "variants",

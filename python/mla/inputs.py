@@ -46,8 +46,8 @@ class Inputs:
         cu_seqlens_q: Tensor | None,
     ) -> Inputs:
         return cls(
-            *_parts("q", "q_nope, q_rope", q),
-            *_parts("kv_cache", "latent, rope", kv_cache),
+            *parts("q", "q_nope, q_rope", q),
+            *parts("kv_cache", "latent, rope", kv_cache),
             block_table,
             seq_lens,
             cu_seqlens_q,
@@ -115,19 +115,7 @@ class Inputs:
 
     def _check_caches(self, caches: dict[str, Tensor]) -> None:
         for name, tensor in caches.items():
-            shape = tensor.shape
-            if len(shape) not in (3, 4):
-                layout = "[pages, page_size, d] or [pages, page_size, 1, d]"
-                raise wrong(name, shape_of(tensor), layout)
-            if len(shape) == 4 and shape[2] != 1:
-                raise wrong(name, shape_of(tensor), "one KV head: [pages, page_size, 1, d]")
-            if shape[1] < 1:
-                raise wrong(name, shape_of(tensor), "a page_size of at least 1")
-            if shape[0] > INT32_MAX or shape[1] > INT32_MAX:
-                raise wrong(name, shape_of(tensor), "fewer than 2^31 pages and tokens per page")
-            if tensor is not self.kv and tensor.shape[:2] != self.kv.shape[:2]:
-                before = list(self.kv.shape[:2])
-                raise wrong(name, shape_of(tensor), f"{before} pages and page_size, as latent")
+            check_pages(name, tensor, self.kv)
 
     def _check_widths(self, d_v: int | None) -> None:
         d_qk = self.d_qk
@@ -143,9 +131,26 @@ class Inputs:
                 raise wrong(name, f"{width} columns", f"{D_V[d_qk]}, the d_v of d_qk = {d_qk}")
 
 
-def _parts(name: str, parts: str, value: TensorOrPair) -> tuple[Tensor, Tensor | None]:
+def check_pages(name: str, tensor: Tensor, like: Tensor) -> None:
+    """The shape of a cache or of a part of one; `like` is the first part."""
+    shape = tensor.shape
+    if len(shape) not in (3, 4):
+        raise wrong(name, shape_of(tensor), "[pages, page_size, d] or [pages, page_size, 1, d]")
+    if len(shape) == 4 and shape[2] != 1:
+        raise wrong(name, shape_of(tensor), "one KV head: [pages, page_size, 1, d]")
+    if shape[1] < 1:
+        raise wrong(name, shape_of(tensor), "a page_size of at least 1")
+    if shape[0] > INT32_MAX or shape[1] > INT32_MAX:
+        raise wrong(name, shape_of(tensor), "fewer than 2^31 pages and tokens per page")
+    if tensor is not like and shape[:2] != like.shape[:2]:
+        before = list(like.shape[:2])
+        raise wrong(name, shape_of(tensor), f"{before} pages and page_size, as latent")
+
+
+def parts(name: str, of: str, value: TensorOrPair) -> tuple[Tensor, Tensor | None]:
+    """One tensor, or the two of a pair."""
     if isinstance(value, (tuple, list)):
         if len(value) != 2:
-            raise TypeError(f"{name}: got {len(value)} tensors, expected one or the pair ({parts})")
+            raise TypeError(f"{name}: got {len(value)} tensors, expected one or the pair ({of})")
         return value[0], value[1]
     return value, None

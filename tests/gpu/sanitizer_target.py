@@ -2,10 +2,10 @@
 
 A row runs CASES_PER_ROW cases in which every two of these occur together: split and unsplit, page 1
 and 64, causal and not, ragged and not, either dtype, few and many workers (test_cases.py holds them
-to that). Then come values that a kernel must clamp. Tensors are made on the CPU and copied, as only
-our kernels are instrumented and others' writes go unnoticed. Results are copied back, but comparing
-them with a reference is the numerics tests' work. Prints where the time goes, and the number of
-decode launches.
+to that). Then come values that a kernel must clamp. One process also runs `append`. Tensors are
+made on the CPU and copied, as only our kernels are instrumented and others' writes go unnoticed.
+Results are copied back, but comparing them with a reference is the numerics tests' work. Prints
+where the time goes, and the number of decode launches.
 
     python sanitizer_target.py D_QK [--fault memcheck|initcheck] [--started TIME]
 
@@ -30,6 +30,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # cases, device_plan
 import mla
 import mla.first_call
 import torch
+from appending import CASES as APPENDS
+from appending import MISTAKES, make_append, make_mistake
 from cases import Case, Inputs, make_problem
 from device_plan import Batch, host_schedule
 from mla import _mla
@@ -46,6 +48,7 @@ FEW, MANY = 9, 64
 CASES_PER_ROW = 6
 OVERLAPPING = Batch([40] * 12, [5] + [0] * 11, 2 * H_Q, cuts=[0, 5] * 6 + [0])
 OVERLAPPING_WORKERS = 1
+APPENDING = 576  # the process that appends as well
 DEVICE = "cuda"
 
 
@@ -153,6 +156,16 @@ def run_row(row: Variant, number: int) -> list[float]:
     return seconds
 
 
+def run_appends() -> None:
+    """With tokens that lead outside the cache. Of a strided input, a kernel of torch's would write
+    the rows."""
+    calls = [make_mistake(mistake, DEVICE) for mistake in MISTAKES]
+    calls += [make_append(case, DEVICE) for case in APPENDS if not case.strided]
+    for call in calls:
+        mla.append(**call.kwargs)
+    torch.cuda.synchronize()
+
+
 def run_fault(tool: str, row: Variant) -> None:
     inputs = inputs_of(Case((100,), d_qk=row.d_qk))
     if tool == "initcheck":
@@ -192,6 +205,9 @@ def main() -> None:
     if arguments.fault:
         run_fault(arguments.fault, rows[0])
         return
+    if arguments.d_qk == APPENDING:
+        run_appends()
+        report("appended", arguments.started)
     launches = 0
     for number, row in enumerate(rows):
         seconds = run_row(row, number)

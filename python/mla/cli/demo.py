@@ -11,7 +11,8 @@ from torch import Tensor
 
 import mla
 from mla import data
-from mla.demo_layer import DemoLayer, ExpandedReference, LayerConfig, PagedCache
+from mla.absorb import absorb_query, expand_output
+from mla.demo_layer import DemoLayer, ExpandedReference, PagedCache, deepseek_v3
 from mla.reference import Errors, errors
 
 from .arguments import UsageError
@@ -45,11 +46,11 @@ class Step:
 def run(args: Namespace) -> int:
     device, dtype = pick_device(args.device), getattr(torch, args.dtype)
     prompts, continuations = _excerpts(args.steps)
-    config = LayerConfig()
+    config = deepseek_v3()
     console.print(
         f"One attention layer shaped like DeepSeek-V3's ({config.heads} heads, {config.kv_lora} + "
-        f"{config.rope} numbers a token, softmax scale {config.scale:.6f}), random weights, "
-        f"{args.dtype}, on {device_name(device)}",
+        f"{config.rope} numbers a token, softmax scale {config.softmax_scale:.6f}), random "
+        f"weights, {args.dtype}, on {device_name(device)}",
         style="bold",
     )
     with console.status("drawing weights"):
@@ -101,10 +102,17 @@ def _read_prompts(
     """Fills both caches. A single layer needs nothing else of a prompt than its rows."""
     for request, prompt in enumerate(prompts):
         tokens = torch.tensor(prompt, device=cache.seq_lens.device)
-        positions = torch.arange(len(prompt), device=tokens.device)
-        rows = layer.cache_rows(layer.embed(tokens), positions)
-        cache.write(torch.full_like(tokens, request), positions, rows)
-        reference.append(request, rows)
+        positions = torch.arange(len(prompt), dtype=torch.int32, device=tokens.device)
+        latent, rope = _new_rows(layer, layer.embed(tokens))
+        own = slice(request, request + 1)
+        cache.write(layer, own, latent[None], rope[None], positions[None])
+        reference.append(request, layer.cache_rows(latent, rope, positions))
+
+
+def _new_rows(layer: DemoLayer, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    latent, rope = layer.latents(hidden)
+    assert rope is not None
+    return latent, rope
 
 
 def _decode_step(
@@ -115,35 +123,37 @@ def _decode_step(
     tokens: Tensor,
 ) -> Step:
     """One token [b] of every request through the layer, then through the reference."""
+    w_uk, w_uv = layer.factors()
     start = _now(tokens.device)
-    requests = torch.arange(len(tokens), device=tokens.device)
-    positions = cache.seq_lens.long()
-    hidden = layer.embed(tokens)
-    rows = layer.cache_rows(hidden, positions)
-    cache.write(requests, positions, rows)
+    positions = cache.seq_lens[:, None].clone()
+    hidden = layer.embed(tokens[:, None])
+    latent, rope = _new_rows(layer, hidden)
+    cache.write(layer, slice(None), latent, rope, positions)
     q_nope, q_rope = layer.queries(hidden, positions)
-    q_latent = layer.absorb(q_nope)
+    assert q_rope is not None
+    q_latent = absorb_query(q_nope, w_uk)
 
     plan.update(cache.seq_lens)
     before_attention = _now(tokens.device)
     o_latent = mla.decode(
-        (q_latent[:, None], q_rope[:, None]),
+        (q_latent, q_rope),
         cache.kv,
         cache.block_table,
         cache.seq_lens,
-        scale=layer.config.scale,
+        scale=layer.config.softmax_scale,
         plan=plan,
     )
     after_attention = _now(tokens.device)
-    heads = layer.head_values(o_latent[:, 0])
+    heads = expand_output(o_latent, w_uv)
     layer.project(heads)
     end = _now(tokens.device)
 
+    rows = layer.cache_rows(latent, rope, positions)
     by_request = []
     for request in range(len(tokens)):
-        reference.append(request, rows[request : request + 1])
-        want = reference.attend(request, q_nope[request], q_rope[request])
-        by_request.append(errors(heads[request], want))
+        reference.append(request, rows[request])
+        want = reference.attend(request, q_nope[request, 0], q_rope[request, 0])
+        by_request.append(errors(heads[request, 0], want))
     worst = max(by_request, key=lambda e: (e.relative_rmse != e.relative_rmse, e.relative_rmse))
     return Step(worst, end - start, after_attention - before_attention)
 

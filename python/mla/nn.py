@@ -1,0 +1,101 @@
+"""MLA as a torch module: projections, RoPE, the paged cache, both computation graphs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .api import decode
+from .append import append
+from .inputs import TensorOrPair
+from .plan import Plan
+from .prefill import WORKSPACE_BYTES, Method, absorbed_bytes, choose, prefill
+from .projections import Projections, linear
+
+__all__ = ["MultiHeadLatentAttention"]
+
+
+class MultiHeadLatentAttention(Projections):
+    """The attention layer of DeepSeek-V2 and V3 and of the models after them; inference only.
+
+    Parameters have the names of Hugging Face checkpoints (`q_a_proj.weight`, ..), so that
+    `load_state_dict(checkpoint.attention_weights(tensors, layer))` loads one. W_UK and W_UV stay
+    in `kv_b_proj`, which both graphs read; `merge_weights` moves them into query and output.
+
+    config: of the layer. Under tensor parallelism, `heads` are those of this GPU, and outputs are
+        to be summed by the caller (give bias=False and add the bias once).
+    max_positions: rows of `cos_sin`; tokens at later positions are not written to the cache.
+    cos_sin: such a table (`config.rotary.table(config.rope, max_positions)`), for layers to share.
+    """
+
+    def forward(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        kv_cache: TensorOrPair,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        *,
+        cu_seqlens_q: Tensor | None = None,
+        method: Method | None = None,
+        plan: Plan | None = None,
+        workspace_bytes: int = WORKSPACE_BYTES,
+        variant: str | None = None,
+    ) -> Tensor:
+        """Appends new tokens to the cache and attends, causally, to it: one step or many tokens.
+
+        hidden: [b, s, hidden], or ragged [tokens, hidden] with `cu_seqlens_q`; dtype of the layer.
+        positions: int32 [b, s] or [tokens], of the tokens in their requests, as for `append`.
+        kv_cache, block_table, cu_seqlens_q: as for `append` and `decode`.
+        seq_lens: int32 [b], KV tokens of each request, these included.
+        method: "absorbed", "expanded" or None, as for `prefill`. Absorbed steps can be captured.
+        plan: of `mla.plan`, for an absorbed step.
+        workspace_bytes, variant: as for `prefill`.
+
+        Returns [b, s, hidden] or [tokens, hidden]. Raises what `append`, `decode` and `prefill` do.
+        """
+        c = self.config
+        latent, k_rope = self.latents(hidden)
+        append(
+            latent,
+            k_rope,
+            kv_cache,
+            block_table,
+            positions,
+            cu_seqlens_q=cu_seqlens_q,
+            cos_sin=None if k_rope is None else self.cos_sin,
+            interleaved=c.rotary is None or c.rotary.interleaved,
+        )
+        tokens = positions.numel()
+        if method is None:
+            mean = tokens / max(len(seq_lens), 1)
+            chosen = choose(
+                mean, hidden.dtype, hidden.device,
+                kv_lora=c.kv_lora, nope=c.nope, rope=c.rope, v=c.v,
+            )  # fmt: skip
+            method = "absorbed" if plan is not None or variant is not None else chosen
+        where = (kv_cache, block_table, seq_lens)
+        step_bytes = tokens * absorbed_bytes(c.heads, c.kv_lora, c.v, hidden.dtype)
+        if method == "absorbed" and (step_bytes <= workspace_bytes or plan is not None):
+            o_latent = decode(
+                self.absorbed_query(hidden, positions),
+                *where,
+                scale=c.softmax_scale,
+                cu_seqlens_q=cu_seqlens_q,
+                plan=plan,
+                variant=variant,
+            )
+            return self.project_latents(o_latent)
+        if plan is not None:
+            raise ValueError(f"plan: got a plan, expected None with method {method!r}")
+        q_nope, q_rope = self.queries(hidden, positions)
+        attended = prefill(
+            q_nope if q_rope is None else (q_nope, q_rope),
+            *where,
+            self.kv_b_proj.weight,
+            scale=c.softmax_scale,
+            cu_seqlens_q=cu_seqlens_q,
+            method=method,
+            workspace_bytes=workspace_bytes,
+            variant=variant,
+        )
+        return linear(self.o_proj, attended.out.flatten(-2))

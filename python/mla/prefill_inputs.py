@@ -1,0 +1,153 @@
+"""The tensors of a `prefill`, and their checks; none reads a tensor's values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .checks import (
+    DTYPES,
+    check_index,
+    check_lengths,
+    check_no_grad,
+    check_strides,
+    check_tensor,
+    shape_of,
+    wrong,
+)
+from .inputs import TensorOrPair, check_pages, parts
+from .merge import COLUMNS
+
+# Un-absorbed, for checks in more precision than the kernels have.
+WIDE_DTYPES = (torch.float32,)
+
+
+@dataclass(slots=True)
+class NewTokens:
+    """Queries of new tokens, requests one after the other, and what they attend to."""
+
+    q_nope: Tensor  # [tokens, h, nope]
+    q_rope: Tensor | None  # [tokens, h, r]
+    cache: Tensor  # latents first, [pages, page_size, c or c + r]
+    rope_cache: Tensor | None
+    block_table: Tensor
+    seq_lens: Tensor
+    cu_seqlens_q: Tensor  # [b + 1]
+    w_kv_b: Tensor  # [h * (nope + v), c]
+    shape: torch.Size  # leading dimensions of the caller's queries, heads included
+
+    @classmethod
+    def of(
+        cls,
+        q: TensorOrPair,
+        kv_cache: TensorOrPair,
+        block_table: Tensor,
+        seq_lens: Tensor,
+        cu_seqlens_q: Tensor | None,
+        w_kv_b: Tensor,
+    ) -> NewTokens:
+        """Checked. Packed queries are split; uniform ones become ragged."""
+        q_nope, q_rope = parts("q", "q_nope, q_rope", q)
+        cache, rope_cache = parts("kv_cache", "latent, rope", kv_cache)
+        check_tensor("q" if q_rope is None else "q_nope", q_nope)
+        if q_nope.dtype not in (*DTYPES, *WIDE_DTYPES):
+            raise TypeError(f"q: got {q_nope.dtype}, expected torch.bfloat16 or torch.float16")
+        rows = {"q_rope": q_rope, "latent": cache, "rope": rope_cache, "w_kv_b": w_kv_b}
+        for name, tensor in rows.items():
+            if tensor is not None:
+                _check_like(name, tensor, q_nope)
+        _check_queries(q_nope, q_rope, cu_seqlens_q)
+        for name, part in {"latent": cache, "rope": rope_cache}.items():
+            if part is not None:
+                check_pages(name, part, cache)
+        if w_kv_b.dim() != 2:
+            raise wrong("w_kv_b", shape_of(w_kv_b), "[heads * (nope + v), kv_lora]")
+        c, r = w_kv_b.shape[1], cache.shape[-1] - w_kv_b.shape[1]
+        if rope_cache is not None:
+            r = rope_cache.shape[-1] if r == 0 else -1
+        if r < 0:
+            raise wrong("w_kv_b", f"{c} columns", "as many as the cache has latent columns")
+        if q_rope is None and r:
+            if q_nope.shape[-1] <= r:
+                raise wrong("q", f"{q_nope.shape[-1]} columns", f"nope + {r}, as the cache has")
+            q_nope, q_rope = q_nope[..., :-r], q_nope[..., -r:]
+        if q_rope is not None and q_rope.shape[-1] != r:
+            raise wrong("q_rope", f"{q_rope.shape[-1]} columns", f"{r}, as the cache has")
+        heads, nope = q_nope.shape[-2:]
+        if w_kv_b.shape[0] % heads or w_kv_b.shape[0] // heads <= nope:
+            raise wrong("w_kv_b", shape_of(w_kv_b), f"[{heads} * ({nope} + v), kv_lora]")
+        if (w_kv_b.shape[0] // heads - nope) % COLUMNS:
+            v = w_kv_b.shape[0] // heads - nope
+            raise wrong("w_kv_b", f"v = {v}", f"a multiple of {COLUMNS}")
+        check_lengths(
+            seq_lens, cu_seqlens_q, None if cu_seqlens_q is not None else q_nope.shape[0],
+            q_nope.device,
+        )  # fmt: skip
+        b = seq_lens.shape[0]
+        check_index("block_table", block_table, (b, None), q_nope.device, "[{}, max_pages]")
+        shape = q_nope.shape[:-1]
+        if cu_seqlens_q is None:
+            step = q_nope.shape[1]
+            cu_seqlens_q = torch.arange(b + 1, dtype=torch.int32, device=q_nope.device) * step
+            q_nope = q_nope.flatten(0, 1)
+            q_rope = None if q_rope is None else q_rope.flatten(0, 1)
+        return cls(
+            q_nope, q_rope, cache, rope_cache, block_table, seq_lens, cu_seqlens_q, w_kv_b, shape
+        )
+
+    @property
+    def heads(self) -> int:
+        return self.q_nope.shape[1]
+
+    @property
+    def nope(self) -> int:
+        return self.q_nope.shape[2]
+
+    @property
+    def rope(self) -> int:
+        return 0 if self.q_rope is None else self.q_rope.shape[2]
+
+    @property
+    def v(self) -> int:
+        return self.w_kv_b.shape[0] // self.heads - self.nope
+
+    @property
+    def kv_lora(self) -> int:
+        return self.w_kv_b.shape[1]
+
+    @property
+    def kv_cache(self) -> TensorOrPair:
+        return self.cache if self.rope_cache is None else (self.cache, self.rope_cache)
+
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """Views W_UK [h, nope, c] and W_UV [h, v, c]."""
+        by_head = self.w_kv_b.view(self.heads, self.nope + self.v, self.kv_lora)
+        return by_head[:, : self.nope], by_head[:, self.nope :]
+
+
+def _check_like(name: str, tensor: Tensor, q: Tensor) -> None:
+    check_tensor(name, tensor)
+    if tensor.dtype != q.dtype:
+        raise TypeError(f"{name}: got {tensor.dtype}, expected {q.dtype} as in the query")
+    if tensor.device != q.device:
+        raise wrong(name, f"device {tensor.device}", f"{q.device} as the query")
+    check_strides(name, tensor)
+    check_no_grad(name, tensor)
+
+
+def _check_queries(q: Tensor, q_rope: Tensor | None, cu_seqlens_q: Tensor | None) -> None:
+    names = {"q": q} if q_rope is None else {"q_nope": q, "q_rope": q_rope}
+    for name, tensor in names.items():
+        if tensor.dim() != (4 if cu_seqlens_q is None else 3):
+            ragged = "[tokens, h, d] with cu_seqlens_q"
+            layout = "[b, s, h, d]" if cu_seqlens_q is None else ragged
+            raise wrong(name, shape_of(tensor), layout)
+        if tensor.shape[-2] < 1:
+            raise wrong(name, shape_of(tensor), "at least one head")
+        if tensor.shape[:-1] != q.shape[:-1]:
+            before = list(q.shape[:-1])
+            raise wrong(name, shape_of(tensor), f"{before} before its columns, as q_nope")
+        check_strides(name, tensor)
+        check_no_grad(name, tensor)
