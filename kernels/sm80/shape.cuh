@@ -1,7 +1,7 @@
-// How a variant divides its work among warps and threads, and its shared memory.
+// How a variant divides its work among warps and threads.
 #pragma once
 
-#include <cstdint>
+#include "ptx.cuh"
 
 namespace mla::sm80 {
 
@@ -15,6 +15,8 @@ struct Shape {
   static constexpr int ring_stages =
       C::stages / tile_groups;  // groups with tiles of their own have a ring of their own
   static constexpr int ring_warps = C::warps / tile_groups;
+
+  static constexpr int kv_row = (C::d_qk + 8) * 2, p_row = (C::block_n + 8) * 2, logits_row = C::block_n * 4;  // bytes
 
   // Logits: 16 columns a k-step.
   static constexpr int k_steps = C::d_qk / 16, warp_k_steps = (k_steps + group_warps - 1) / group_warps;
@@ -66,35 +68,10 @@ struct Place {
   __device__ __forceinline__ int copy_chunk() const { return thread % S::copy_threads; }
 };
 
-// Where a KV row lies in memory; latent == nullptr: past the end of the request.
-struct alignas(16) RowAddress {
-  const uint16_t *latent, *rope;
-};
-
-// The tiles whose row addresses a group looks up next: piece, first of them and last of the piece, its request.
-struct alignas(16) Cursor {
-  int index, tile, end_tile;
-  int request, len;
-  int unused[3];
-};
-
+// Among the threads of a group.
 template <class C>
-struct Smem {
-  using S = Shape<C>;
-  uint16_t kv[C::stages][C::block_n][C::d_qk + 8];
-  struct alignas(128) Group {
-    float logits[S::group_warps][S::group_rows][C::block_n];  // partial, by warp; see logits_at
-    uint16_t p[S::group_rows][C::block_n + 8];
-    float rescale[S::group_rows];                          // what O must be multiplied by before P V is added
-    int rescale_tile;                                      // `tiles` of the last tile for which any of them was not 1
-    float row_max[S::group_rows], row_sum[S::group_rows];  // at the end of a piece
-    int given_stage;                                       // where the half of O lies that the group gives away
-    RowAddress addresses[S::address_rows];                 // of the rows to be loaded next
-    Cursor cursor;
-    int piece_index[S::group_warps];                   // each warp's, as registers are short in the loop
-    float parked[S::tight ? 3 : 0][S::group_threads];  // each thread's part of the softmax, likewise
-  } groups[S::groups];
-  uint64_t full[C::stages], empty[C::stages];  // mbarriers: a tile has landed, a tile has been read
-};
+__device__ __forceinline__ void group_barrier(const Place<C>& me) {
+  barrier_sync(1 + me.group(), Shape<C>::group_threads);
+}
 
 }  // namespace mla::sm80
