@@ -48,8 +48,10 @@ struct Loads {
   }
   __device__ __forceinline__ void write_address(const Lookup& row) const {
     RowAddress address{};
+    int num_pages = p.num_pages;
+    asm volatile("" : "+r"(num_pages));  // no register for it in the loop
     if (row.token >= 0) {
-      const int page = min(max(row.page, 0), p.num_pages - 1);  // whatever the table says, inside the pool
+      const int page = min(max(row.page, 0), num_pages - 1);  // whatever the table says, inside the pool
       const int slot = row.token - divide(row.token, p.by_page_size) * p.page_size;
       address.latent =
           static_cast<const uint16_t*>(p.latent) + page * p.latent_strides.page + slot * p.latent_strides.token;
@@ -74,37 +76,65 @@ struct Loads {
     group_barrier(me);  // the addresses and the cursor are there
   }
 
-  // ---- copies: each thread copies part of one row, in parts that go between the steps of other work: all at once they would only
-  // queue for the load-store unit. Beyond the last tile, zeros are written to a stage that nobody reads. ----
+  // ---- copies: in parts that go between the steps of other work: all at once they would only queue for the load-store unit. Beyond the
+  // last tile, zeros are written to a stage that nobody reads. ----
 
-  static constexpr int copy_parts = S::latent_copies + S::rope_copies;
   struct Copy {
-    RowAddress row;
-    uint32_t to;
+    const uint16_t *latent[S::copy_sets], *rope[S::rope_sets];
+    uint32_t to, rope_to;
   };
   __device__ __forceinline__ Copy begin_copy(int stage) {
-    Copy copy{};
-    load_shared_struct(copy.row, at.address(S::address_rows - addressed * S::load_rows + me.copy_row()));
+    Copy copy;
+    const int first_address = S::address_rows - addressed * S::load_rows, first_row = me.row_group() * S::load_rows;
     --addressed;
-    copy.to = at.kv(stage, me.row_group() * S::load_rows + me.copy_row(), me.copy_chunk() * 8);
+#pragma unroll
+    for (int i = 0; i < S::copy_sets; ++i) {
+      RowAddress row;
+      load_shared_struct(row, at.address(first_address + i * S::copy_rows + me.copy_row()));
+      copy.latent[i] = row.latent;
+      if constexpr (!S::own_columns) copy.rope[i] = row.rope;
+    }
+    copy.to = at.kv(stage, first_row + me.copy_row(), me.copy_chunk() * 8);
+    if constexpr (!S::own_columns) {
+      copy.rope_to = copy.to + S::v_chunks * 16;
+    } else if constexpr (S::rope_copies > 0) {  // two lanes a row
+#pragma unroll
+      for (int i = 0; i < S::rope_sets; ++i) {
+        RowAddress row;
+        load_shared_struct(row, at.address(first_address + i * 16 + me.lane() / 2));
+        copy.rope[i] = row.rope;
+      }
+      copy.rope_to = at.kv(stage, me.lane() / 2, C::d_v + me.rope_chunk() * 8);
+    }
     return copy;
   }
+  // RoPE, then the latent; with columns of its own, a warp copies blocks of 16 rows and 64 columns in four parts each.
   template <class Part>
   __device__ __forceinline__ void copy_part(const Copy& copy, Part) const {
     constexpr int step = S::copy_threads * 16, i = Part::value - S::rope_copies;
-    const bool exists = copy.row.latent != nullptr;  // if not, zeros: whatever lies there, NaN too, must not reach O
     if constexpr (i >= 0) {
-      cp_async_16<i * step>(copy.to, copy.row.latent + me.copy_chunk() * 8, exists);
-    } else {  // RoPE first, as its address is of no use afterwards
+      constexpr int sets = S::copy_sets < 4 ? S::copy_sets : 4, block = i / sets;
+      constexpr int set = block / S::copy_lines * sets + i % sets, line = block % S::copy_lines;
+      const uint16_t* row = copy.latent[set];
+      // If it does not exist, zeros: whatever lies there, NaN too, must not reach O.
+      cp_async_16<line * step>(copy.to + set * S::copy_rows * S::kv_row, row + me.copy_chunk() * 8, row != nullptr);
+    } else if constexpr (S::own_columns) {
+      const uint16_t* row = copy.rope[Part::value];
+      if (me.rope_chunk() < S::row_chunks - S::v_chunks)
+        cp_async_16<0>(copy.rope_to + Part::value * 16 * S::kv_row, row + me.rope_chunk() * 8, row != nullptr);
+    } else {
       constexpr int left = S::row_chunks - S::v_chunks - Part::value * S::copy_threads;
       if (left >= S::copy_threads || me.copy_chunk() < left)
-        cp_async_16<Part::value * step>(copy.to + S::v_chunks * 16, copy.row.rope + me.copy_chunk() * 8, exists);
+        cp_async_16<Part::value * step>(copy.rope_to, copy.rope[0] + me.copy_chunk() * 8, copy.latent[0] != nullptr);
     }
   }
-  __device__ __forceinline__ void end_copy(int stage) const { cp_async_arrive(at.full(stage)); }
+  __device__ __forceinline__ void end_copy(int stage) const {
+    if constexpr (S::own_columns || S::warp_arrivals) cp_async_commit();
+    else cp_async_arrive(at.full(stage));
+  }
   __device__ __forceinline__ void copy_tile(int stage) {
     const Copy copy = begin_copy(stage);
-    unrolled<copy_parts>([&](auto part) { copy_part(copy, part); });
+    unrolled<S::tile_copies>([&](auto part) { copy_part(copy, part); });
     end_copy(stage);
   }
 };

@@ -35,7 +35,8 @@ struct Smem {
     int piece_index[S::group_warps];                   // each warp's, as registers are short in the loop
     float parked[S::tight ? 3 : 0][S::group_threads];  // each thread's part of the softmax, likewise
   } groups[S::groups];
-  uint64_t full[C::stages], empty[C::stages];  // mbarriers: a tile has landed, a tile has been read
+  // mbarriers: a tile has landed, a tile has been read
+  uint64_t full[S::own_columns ? 0 : C::stages], empty[S::own_columns ? 0 : C::stages];
 };
 
 // By 32-bit addresses.

@@ -37,12 +37,11 @@ struct Results {
     return merged;
   }
 
-  // ---- O of groups that take tiles in turn: what a warp gives, in a stage that is free between two tiles, the warp of the other group
+  // ---- O of groups that take tiles in turn: what a warp gives, in the stage of its last tile, the warp of the other group
   // that has the same columns takes, lane by lane. `first`: of the column tiles. ----
 
   template <class First>
   __device__ __forceinline__ void give_o(int stage, First) const {
-    static_assert(kept_tiles * 16 * S::group_threads <= C::block_n * S::kv_row, "half of O fits into a stage");
 #pragma unroll
     for (int n = 0; n < kept_tiles; ++n)
       store_shared_quad(at.given(me.group(), stage) + n * 16 * S::group_threads, o[0][First::value + n]);
@@ -50,12 +49,12 @@ struct Results {
   template <class First>
   __device__ __forceinline__ void take_o(First) const {
     const Merged upper = merge_states(me.quad()), lower = merge_states(me.quad() + 8);
-    const int own = me.group(), other = own ^ 1;
-    const uint32_t from = at.given(other, __float_as_int(load_shared(at.given_stage(other))));
+    const int own = me.group(), other = own ^ 1, stage = __float_as_int(load_shared(at.given_stage(other)));
+    const uint32_t from = at.given(other, stage);
 #pragma unroll
     for (int n = 0; n < kept_tiles; ++n) {
-      float x[4];
-      load_shared(x, from + n * 16 * S::group_threads);
+      float x[4] = {};
+      if (stage >= 0) load_shared(x, from + n * 16 * S::group_threads);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const auto& f = i < 2 ? upper.factor : lower.factor;
@@ -126,11 +125,9 @@ struct Results {
     else store_output(piece, first);
   }
 
-  // ---- all of it. `state`: of the thread's row. `free_stage`: that of the group's last tile, which was filled in a round of
-  // `parity` ----
+  // ---- all of it. `state`: of the thread's row. `stage`: that of the group's last tile; negative: it had none ----
 
-  __device__ __forceinline__ void finish_piece(const Piece& piece, const RowState& state, int free_stage,
-                                               int parity) const {
+  __device__ __forceinline__ void finish_piece(const Piece& piece, const RowState& state, int stage) const {
     if (me.soft_lane() == 0) {
       store_shared(at.row_max(me.group(), me.soft_row()), state.max);
       store_shared(at.row_sum(me.group(), me.soft_row()), state.sum);
@@ -138,10 +135,12 @@ struct Results {
     if constexpr (S::tile_groups > 1) {
       const Index<0> lower{};
       const Index<kept_tiles> upper{};
-      mbarrier_wait(at.empty(free_stage), parity);
-      if (me.group() == 0) give_o(free_stage, upper);
-      else give_o(free_stage, lower);
-      if (me.member() == 0) store_shared(at.given_stage(me.group()), __int_as_float(free_stage));
+      group_barrier(me);  // all have read the stage
+      if (stage >= 0) {
+        if (me.group() == 0) give_o(stage, upper);
+        else give_o(stage, lower);
+      }
+      if (me.member() == 0) store_shared(at.given_stage(me.group()), __int_as_float(stage));
       __syncthreads();  // what each group gives is there, and max and sum of both
       if (me.group() == 0) {
         store_lse(piece, merge_states(me.soft_row()).state);

@@ -14,7 +14,8 @@
 //            leave P in shared memory in 16 bits.
 //   values   O[rows, d_v] += P V. Each warp owns a quarter of the columns, in registers.
 //
-// Between the steps of the logits or the values, the group's share of a later tile is copied to the stage that was left last.
+// Between the steps of the products a later tile is copied: the group's share of it to the stage that was left last, or, where the
+// groups take tiles in turn, by each warp its own columns, behind its reads of them as V. Those columns nobody else reads.
 //
 // Rows in shared memory are padded by 16 bytes: an odd number of 16-byte chunks puts the eight rows of an ldmatrix in eight
 // different bank groups, with no address arithmetic. Schedule, budgets and what was tried: sm80.md.
@@ -47,8 +48,13 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
 
   // ---- queries: fragments of the group's rows and this warp's share of d_qk ----
 
-  // Of k-steps warp, warp + 4, ..., so that all warps turn from the latent to RoPE at once.
+  // Number k of a warp is step warp + 4 k, so that all warps turn from the latent to RoPE at once; of the latent it may be step k of
+  // the warp's own columns instead.
   uint32_t q[S::row_tiles][S::warp_k_steps][4];
+  constexpr int own_steps = S::own_columns ? S::warp_v / 16 : 0;
+  auto k_column = [&](int k) {
+    return k < own_steps ? me.warp() * S::warp_v + k * 16 : (k * S::group_warps + me.warp()) * 16;
+  };
   auto has_k_step = [&](int k) {  // false in the last round if the warps do not divide the steps
     return (k + 1) * S::group_warps <= S::k_steps || k * S::group_warps + me.warp() < S::k_steps;
   };
@@ -64,9 +70,9 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
       uint32_t words[(S::warp_k_steps + 1) / 2][4] = {};
 #pragma unroll
       for (int k = 0; k < S::warp_k_steps; k += 2) {
-        const int step = ((k + quad_lane / 2) * S::group_warps + me.warp()) * 16, column = step + quad_lane % 2 * 8;
-        if (block_row < work.num_rows_of(piece) && step < C::d_qk)
-          load_global(words[k / 2], step < C::d_v ? nope + column : rope + column - C::d_v);
+        const int column = k_column(k + quad_lane / 2) + quad_lane % 2 * 8;
+        if (block_row < work.num_rows_of(piece) && column < C::d_qk)
+          load_global(words[k / 2], column < C::d_v ? nope + column : rope + column - C::d_v);
       }
 #pragma unroll
       for (int k = 0; k < S::warp_k_steps; ++k) {
@@ -82,23 +88,35 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
 
   constexpr int logit_steps = C::block_n / S::pass_tokens * S::warp_k_steps;
   auto compute_logits = [&](int stage, auto beside) {
-    const uint32_t k_tile =
-        at.kv(stage, me.thread % 8 + me.thread / 16 % 2 * 8, me.warp() * 16 + me.thread / 8 % 2 * 8);
+    const int token = me.thread % 8 + me.thread / 16 % 2 * 8, chunk = me.thread / 8 % 2 * 8;
+    const uint32_t k_tile = at.kv(stage, token, me.warp() * 16 + chunk),
+                   own_tile = at.kv(stage, token, k_column(0) + chunk);
     const uint32_t to = at.logits(me.warp(), me.quad(), me.pair());
     unrolled<C::block_n / S::pass_tokens>([&](auto pass) {
       constexpr int first_token = pass.value * S::pass_tokens;
       float s[S::logit_chains][S::row_tiles][S::pass_tokens / 8][4] = {};
+      uint32_t b[2][S::pass_tokens / 16][4];  // this step's and the next one's
+      auto load_k = [&](auto k) {
+        constexpr int column = k.value < own_steps ? k.value * 16 : k.value * S::group_warps * 16;
+        if (k.value < S::warp_k_steps && has_k_step(k.value)) {
+#pragma unroll
+          for (int n = 0; n < S::pass_tokens / 16; ++n)
+            ldmatrix_x4(b[k.value % 2][n],
+                        (k.value < own_steps ? own_tile : k_tile) + (first_token + n * 16) * kv_row + column * 2);
+        }
+      };
+      if constexpr (S::k_ahead) load_k(Index<0>{});
       unrolled<S::warp_k_steps>([&](auto k) {
+        load_k(Index<k.value + S::k_ahead>{});
         if (has_k_step(k.value)) {
           auto& chain = s[k.value % S::logit_chains];
 #pragma unroll
           for (int n = 0; n < S::pass_tokens / 16; ++n) {
-            uint32_t b[4];
-            ldmatrix_x4(b, k_tile + (first_token + n * 16) * kv_row + k.value * S::group_warps * 32);
+            const auto& x = b[k.value % 2][n];
 #pragma unroll
             for (int m = 0; m < S::row_tiles; ++m) {
-              mma_16x8x16<T>(chain[m][2 * n], q[m][k.value], b[0], b[1]);
-              mma_16x8x16<T>(chain[m][2 * n + 1], q[m][k.value], b[2], b[3]);
+              mma_16x8x16<T>(chain[m][2 * n], q[m][k.value], x[0], x[1]);
+              mma_16x8x16<T>(chain[m][2 * n + 1], q[m][k.value], x[2], x[3]);
             }
           }
         }
@@ -145,42 +163,68 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
     }
   };
   constexpr int columns_steps = S::warp_v / 16, value_steps = C::block_n / 16 * columns_steps;
-  auto add_values = [&](int stage, auto beside) {
-    const uint32_t p_tile = at.p(me.thread % 16, me.thread / 16 % 2 * 8);
-    const uint32_t v_tile = at.kv(stage, me.thread % 16, me.warp() * S::warp_v + me.thread / 16 % 2 * 8);
-    unrolled<C::block_n / 16>([&](auto k) {
-      uint32_t a[S::row_tiles][4];
+  // The first operands are loaded ahead of what they need not wait for: V of barrier B, P of the rescaling of O.
+  struct Values {
+    uint32_t p_tile, v_tile, p[S::row_tiles][4], v[2][4];  // v: this step's and the next one's
+  };
+  auto load_v = [&](Values& x, auto i) {
+    if constexpr (i.value < value_steps)
+      ldmatrix_x4_trans(x.v[i.value % 2],
+                        x.v_tile + i.value / columns_steps * 16 * kv_row + i.value % columns_steps * 32);
+  };
+  auto load_p = [&](Values& x, int k) {
 #pragma unroll
-      for (int m = 0; m < S::row_tiles; ++m) ldmatrix_x4(a[m], p_tile + m * 16 * p_row + k.value * 32);
-      unrolled<columns_steps>([&](auto n) {
-        uint32_t b[4];
-        ldmatrix_x4_trans(b, v_tile + k.value * 16 * kv_row + n.value * 32);
+    for (int m = 0; m < S::row_tiles; ++m) ldmatrix_x4(x.p[m], x.p_tile + m * 16 * p_row + k * 32);
+  };
+  auto begin_values = [&](int stage) {
+    Values x;
+    x.p_tile = at.p(me.thread % 16, me.thread / 16 % 2 * 8);
+    x.v_tile = at.kv(stage, me.thread % 16, me.warp() * S::warp_v + me.thread / 16 % 2 * 8);
+    load_v(x, Index<0>{});
+    return x;
+  };
+  auto add_values = [&](Values& x, auto beside) {
+    unrolled<value_steps>([&](auto i) {
+      constexpr int k = i.value / columns_steps, n = i.value % columns_steps;
+      if constexpr (k > 0 && n == 0) load_p(x, k);
+      load_v(x, Index<i.value + 1>{});
+      const auto& v = x.v[i.value % 2];
 #pragma unroll
-        for (int m = 0; m < S::row_tiles; ++m) {
-          mma_16x8x16<T>(o[m][2 * n.value], a[m], b[0], b[1]);
-          mma_16x8x16<T>(o[m][2 * n.value + 1], a[m], b[2], b[3]);
-        }
-        beside(Index<k.value * columns_steps + n.value>{});
-      });
+      for (int m = 0; m < S::row_tiles; ++m) {
+        mma_16x8x16<T>(o[m][2 * n], x.p[m], v[0], v[1]);
+        mma_16x8x16<T>(o[m][2 * n + 1], x.p[m], v[2], v[3]);
+      }
+      beside(i);
     });
   };
 
-  // ---- start: an empty ring, then all but one of its stages in flight ----
+  // ---- start: all stages in flight; of a shared ring all but one, as copies go to the stage of the tile before ----
 
   int index = work.next_piece_at(work.worker().first_piece, 0);
   if (index == work.worker().end_piece) return;
-  if (me.thread < static_cast<unsigned>(C::stages)) {
-    mbarrier_init(at.full(me.thread), 32 * S::ring_warps);
-    mbarrier_init(at.empty(me.thread), 32 * S::ring_warps);
+  if constexpr (!S::own_columns) {
+    if (me.thread < static_cast<unsigned>(C::stages)) {  // of all rings, by threads of group 0
+      mbarrier_init(at.full(me.thread), S::ring_arrivals);
+      mbarrier_init(at.empty(me.thread), S::ring_arrivals);
+    }
+    __syncthreads();  // the mbarriers are there
   }
-  __syncthreads();  // the mbarriers are there
   if (me.warp() == 0) loads.move_cursor(index);
   group_barrier(me);  // the cursor is there
   loads.look_up_at_once();
 #pragma unroll 1
-  for (int stage = 0; stage < S::ring_stages - 1; ++stage) {
+  for (int stage = 0; stage < (S::own_columns ? S::ring_stages : S::ring_stages - 1); ++stage) {
     loads.copy_tile(stage);
     if (loads.addressed == 0) loads.look_up_at_once();
+  }
+
+  if constexpr (S::warp_arrivals) {
+    cp_async_wait<S::ring_stages - 3>();
+    __syncwarp();  // two tiles' copies of the whole warp have landed
+    if (me.lane() == 0) {
+      mbarrier_arrive(at.full(0));
+      mbarrier_arrive(at.full(1));
+    }
   }
 
   // ---- the loop ----
@@ -202,29 +246,43 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
     int tiles = piece.end_tile - piece.first_tile - me.tile_group();  // of the group: that many over tile_groups
 #pragma unroll 1
     for (tiles = warp_uniform(tiles); tiles > 0; tiles -= S::tile_groups) {
-      if constexpr (S::tight && C::block_n > 16)
-        asm volatile("" : "+r"(me.thread));  // what follows from it is not worth the registers that two passes need
       const int free_stage = stage == 0 ? S::ring_stages - 1 : stage - 1,
                 free_parity = stage == 0 ? parity ^ 1 : parity;
       const int next_stage = stage + 1 == S::ring_stages ? 0 : stage + 1,
                 next_parity = next_stage == 0 ? parity ^ 1 : parity;
+      const bool refill = tiles > S::tile_groups;  // the stage of a piece's last tile is needed for O first
       typename Loads<C>::Copy copy;
-      // Step 0 prepares, the others copy their share.
+      // The group's share of a tile: step 0 prepares, the others copy.
       auto copy_step = [&](auto step, auto steps) {
         if constexpr (step.value == 0) {
           if constexpr (!S::copies_beside_logits) copy = loads.begin_copy(free_stage);
           mbarrier_wait(at.empty(free_stage), free_parity);
         } else {
-          constexpr int from = (step.value - 1) * Loads<C>::copy_parts / (steps.value - 1),
-                        to = step.value * Loads<C>::copy_parts / (steps.value - 1);
+          constexpr int from = (step.value - 1) * S::tile_copies / (steps.value - 1),
+                        to = step.value * S::tile_copies / (steps.value - 1);
           unrolled<to, from>([&](auto part) { loads.copy_part(copy, part); });
+        }
+      };
+      // The warp's own columns, in blocks of 16 tokens and 64 columns, four steps of the values after a block was read.
+      auto refill_step = [&](auto step) {
+        if constexpr (step.value < S::rope_copies) {
+          if (refill) loads.copy_part(copy, step);
+        }
+        if constexpr (step.value % 4 == 3) __syncwarp();  // all lanes have read a block
+        if constexpr (step.value >= 4) {
+          if (refill) loads.copy_part(copy, Index<S::rope_copies + step.value - 4>{});
         }
       };
       if constexpr (S::copies_beside_logits) copy = loads.begin_copy(free_stage);
       const bool address = loads.addressed == 0;
       typename Loads<C>::Lookup lookup;
       if (address) lookup = loads.look_up();  // in flight during the logits
-      if (!landed) mbarrier_wait(at.full(stage), parity);
+      if constexpr (S::own_columns) {
+        cp_async_wait<S::ring_stages - 1>();
+        __syncwarp();  // the whole warp's copies have landed
+      } else if (!landed) {
+        mbarrier_wait(at.full(stage), parity);
+      }
       compute_logits(stage, [&](auto step) {
         if constexpr (S::copies_beside_logits) copy_step(step, Index<logit_steps>{});
       });
@@ -232,20 +290,46 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
       group_barrier(me);  // all partial logits are there; the former P, addresses and cursor have been read
       if (address) loads.write_address(lookup);
       softmax.add_tile(p.scale_log2, tiles);
+      Values values = begin_values(stage);
       group_barrier(me);  // P, factors, addresses and cursor are there
+      load_p(values, 0);
+      if constexpr (S::own_columns) {
+        if (refill) copy = loads.begin_copy(stage);
+      }
       if (__float_as_int(load_shared(at.rescale_tile())) == tiles) rescale_o();
-      add_values(stage, [&](auto step) {
-        if constexpr (!S::copies_beside_logits) copy_step(step, Index<value_steps>{});
-        if constexpr (step.value == value_steps - 2) landed = mbarrier_ended(at.full(next_stage), next_parity);
+      if constexpr (S::tight && C::block_n > 16)
+        asm volatile("" : "+r"(me.thread));  // what follows from it is not worth the registers that two passes need
+      add_values(values, [&](auto step) {
+        if constexpr (S::own_columns) refill_step(step);
+        else if constexpr (!S::copies_beside_logits) copy_step(step, Index<value_steps>{});
+        if constexpr (!S::own_columns && step.value == value_steps - 2)
+          landed = mbarrier_ended(at.full(next_stage), next_parity);
       });
-      if constexpr (!S::copies_beside_logits) loads.end_copy(free_stage);
-      // Each thread for itself: compute-sanitizer does not follow one that speaks for its warp.
-      mbarrier_arrive(at.empty(stage));
+      if constexpr (S::own_columns) {
+        if (refill) {
+          unrolled<S::tile_copies, S::tile_copies - 4>([&](auto part) { loads.copy_part(copy, part); });
+          loads.end_copy(stage);
+        }
+      } else {
+        if constexpr (!S::copies_beside_logits) loads.end_copy(free_stage);
+        if constexpr (S::warp_arrivals) {
+          cp_async_wait<S::ring_stages - 3>();
+          __syncwarp();  // the whole warp has read the tile, and its copies of the next but one have landed
+          if (me.lane() == 0) {
+            mbarrier_arrive(at.empty(stage));
+            mbarrier_arrive(at.full((stage + 2) % S::ring_stages));
+          }
+        } else {
+          mbarrier_arrive(at.empty(stage));
+        }
+      }
       stage = next_stage, parity = next_parity;
     }
     const Piece& done = work.pieces()[__float_as_int(load_shared(at.index()))];
-    Results<C>{p, me, at, work, o}.finish_piece(done, softmax.end(), stage == 0 ? S::ring_stages - 1 : stage - 1,
-                                                stage == 0 ? parity ^ 1 : parity);
+    const int last_stage = stage == 0 ? S::ring_stages - 1 : stage - 1;
+    const bool any_tiles = S::tile_groups == 1 || done.end_tile - done.first_tile > me.tile_group();
+    Results<C>{p, me, at, work, o}.finish_piece(done, softmax.end(), any_tiles ? last_stage : -1);
+    if (S::own_columns && any_tiles) loads.copy_tile(last_stage);
     __syncwarp();
     index = work.next_piece_at(__float_as_int(load_shared(at.index())) + 1, 0);
   }
