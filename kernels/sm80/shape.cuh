@@ -26,15 +26,14 @@ struct Shape {
   static constexpr int ring_bytes = ring_stages * C::block_n * kv_row;
   // Where groups take tiles in turn, a warp is the only one that reads its columns of a tile, as K and as V: it copies them itself,
   // and nobody else needs to know. One more stage is in flight, but the copies come later in a tile. Where the ring is large anyway, the
-  // group copies, beside its logits, and mbarriers say what has landed (measured: sm80.md).
+  // group copies, as with a shared ring, and mbarriers say what has landed (measured: sm80.md).
   static constexpr bool own_columns = tile_groups > 1 && ring_bytes <= 64 << 10;
-  static constexpr bool copies_beside_logits = tile_groups > 1 && !own_columns;
   // Arrivals at the stages of a shared ring: one a warp instead of one a thread. A warp then waits for its copies of a tile two tiles
   // ahead, so the ring needs four stages. compute-sanitizer does not follow a lane that speaks for its warp.
   static constexpr bool warp_arrivals = tight && C::block_n == 16;
   static constexpr int ring_arrivals = C::warps / tile_groups * (warp_arrivals ? 1 : 32);
   // K is loaded a step ahead of its use where the registers suffice.
-  static constexpr bool k_ahead = !copies_beside_logits && !(tight && C::block_n == 16 && C::d_qk == C::d_v);
+  static constexpr bool k_ahead = !(tight && C::block_n == 16 && C::d_qk == C::d_v);
 
   static constexpr int row_threads = group_threads / group_rows;  // softmax threads per row
   static constexpr int row_tokens = C::block_n / row_threads;     // logits per softmax thread

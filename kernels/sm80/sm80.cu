@@ -86,8 +86,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
 
   // ---- logits: the group's rows x the tile's tokens, summed over this warp's columns ----
 
-  constexpr int logit_steps = C::block_n / S::pass_tokens * S::warp_k_steps;
-  auto compute_logits = [&](int stage, auto beside) {
+  auto compute_logits = [&](int stage) {
     const int token = me.thread % 8 + me.thread / 16 % 2 * 8, chunk = me.thread / 8 % 2 * 8;
     const uint32_t k_tile = at.kv(stage, token, me.warp() * 16 + chunk),
                    own_tile = at.kv(stage, token, k_column(0) + chunk);
@@ -120,7 +119,6 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
             }
           }
         }
-        beside(Index<pass.value * S::warp_k_steps + k.value>{});
       });
 #pragma unroll
       for (int m = 0; m < S::row_tiles; ++m)
@@ -253,13 +251,13 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
       const bool refill = tiles > S::tile_groups;  // the stage of a piece's last tile is needed for O first
       typename Loads<C>::Copy copy;
       // The group's share of a tile: step 0 prepares, the others copy.
-      auto copy_step = [&](auto step, auto steps) {
+      auto copy_step = [&](auto step) {
         if constexpr (step.value == 0) {
-          if constexpr (!S::copies_beside_logits) copy = loads.begin_copy(free_stage);
+          copy = loads.begin_copy(free_stage);
           mbarrier_wait(at.empty(free_stage), free_parity);
         } else {
-          constexpr int from = (step.value - 1) * S::tile_copies / (steps.value - 1),
-                        to = step.value * S::tile_copies / (steps.value - 1);
+          constexpr int from = (step.value - 1) * S::tile_copies / (value_steps - 1),
+                        to = step.value * S::tile_copies / (value_steps - 1);
           unrolled<to, from>([&](auto part) { loads.copy_part(copy, part); });
         }
       };
@@ -273,7 +271,6 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
           if (refill) loads.copy_part(copy, Index<S::rope_copies + step.value - 4>{});
         }
       };
-      if constexpr (S::copies_beside_logits) copy = loads.begin_copy(free_stage);
       const bool address = loads.addressed == 0;
       typename Loads<C>::Lookup lookup;
       if (address) lookup = loads.look_up();  // in flight during the logits
@@ -283,10 +280,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
       } else if (!landed) {
         mbarrier_wait(at.full(stage), parity);
       }
-      compute_logits(stage, [&](auto step) {
-        if constexpr (S::copies_beside_logits) copy_step(step, Index<logit_steps>{});
-      });
-      if constexpr (S::copies_beside_logits) loads.end_copy(free_stage);
+      compute_logits(stage);
       group_barrier(me);  // all partial logits are there; the former P, addresses and cursor have been read
       if (address) loads.write_address(lookup);
       softmax.add_tile(p.scale_log2, tiles);
@@ -301,7 +295,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
         asm volatile("" : "+r"(me.thread));  // what follows from it is not worth the registers that two passes need
       add_values(values, [&](auto step) {
         if constexpr (S::own_columns) refill_step(step);
-        else if constexpr (!S::copies_beside_logits) copy_step(step, Index<value_steps>{});
+        else copy_step(step);
         if constexpr (!S::own_columns && step.value == value_steps - 2)
           landed = mbarrier_ended(at.full(next_stage), next_parity);
       });
@@ -311,7 +305,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
           loads.end_copy(stage);
         }
       } else {
-        if constexpr (!S::copies_beside_logits) loads.end_copy(free_stage);
+        loads.end_copy(free_stage);
         if constexpr (S::warp_arrivals) {
           cp_async_wait<S::ring_stages - 3>();
           __syncwarp();  // the whole warp has read the tile, and its copies of the next but one have landed
