@@ -57,6 +57,12 @@ __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, bool 
                "r"(valid ? 16 : 0), "n"(Offset)
                : "memory");
 }
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// All but the last `Pending` groups of this thread's copies have landed.
+template <int Pending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory");
+}
 __device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // Arrives at the mbarrier when all copies of this thread so far have landed.
 __device__ __forceinline__ void cp_async_arrive(uint32_t mbarrier) {

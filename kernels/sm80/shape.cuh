@@ -1,7 +1,7 @@
-// How a variant divides its work among warps and threads, and its shared memory.
+// How a variant divides its work among warps and threads.
 #pragma once
 
-#include <cstdint>
+#include "ptx.cuh"
 
 namespace mla::sm80 {
 
@@ -12,9 +12,9 @@ struct Shape {
   static constexpr int row_groups = groups / tile_groups;          // groups that have different rows of the same tiles
   static constexpr int group_rows = C::block_rows / row_groups;
   static constexpr int row_tiles = group_rows / 16;
-  static constexpr int ring_stages =
-      C::stages / tile_groups;  // groups with tiles of their own have a ring of their own
-  static constexpr int ring_warps = C::warps / tile_groups;
+  static constexpr int ring_stages = C::stages / tile_groups;  // groups with tiles of their own have their own ring
+
+  static constexpr int kv_row = (C::d_qk + 8) * 2, p_row = (C::block_n + 8) * 2, logits_row = C::block_n * 4;  // bytes
 
   // Logits: 16 columns a k-step.
   static constexpr int k_steps = C::d_qk / 16, warp_k_steps = (k_steps + group_warps - 1) / group_warps;
@@ -23,23 +23,41 @@ struct Shape {
   // Independent sums over the columns of d_qk, as an mma waits for the one before.
   static constexpr int logit_chains = row_tiles * pass_tokens / 8 < 4 ? 2 : 1;
 
-  // The group's copies go between the steps of its logits if nobody else's rows are in the way, or else, later, of its values: by
-  // then the other group, half a tile behind, has left the stage as well.
-  static constexpr bool copies_beside_logits = tile_groups > 1;
+  static constexpr int ring_bytes = ring_stages * C::block_n * kv_row;
+  // Where groups take tiles in turn, a warp is the only one that reads its columns of a tile, as K and as V: it copies them itself,
+  // and nobody else needs to know. One more stage is in flight, but the copies come later in a tile. Where the ring is large anyway, the
+  // group copies, as with a shared ring, and mbarriers say what has landed (measured: sm80.md).
+  static constexpr bool own_columns = tile_groups > 1 && ring_bytes <= 64 << 10;
+  // Arrivals at the stages of a shared ring: one a warp instead of one a thread. A warp then waits for its copies of a tile two tiles
+  // ahead, so the ring needs four stages. compute-sanitizer does not follow a lane that speaks for its warp.
+  static constexpr bool warp_arrivals = tight && C::block_n == 16;
+  static constexpr int ring_arrivals = C::warps / tile_groups * (warp_arrivals ? 1 : 32);
+  // K is loaded a step ahead of its use where the registers suffice.
+  static constexpr bool k_ahead = !(tight && C::block_n == 16 && C::d_qk == C::d_v);
 
   static constexpr int row_threads = group_threads / group_rows;  // softmax threads per row
   static constexpr int row_tokens = C::block_n / row_threads;     // logits per softmax thread
   static constexpr int warp_v = C::d_v / group_warps;             // columns of O that a warp owns
 
-  static constexpr int load_rows = C::block_n / row_groups;              // rows of a tile that a group copies
-  static constexpr int copy_threads = group_threads / load_rows;         // threads per row
-  static constexpr int address_rows = 64;                                // KV rows that a group looks up at once
-  static constexpr int row_chunks = C::d_qk / 8, v_chunks = C::d_v / 8;  // of 16 bytes
-  static constexpr int latent_copies = v_chunks / copy_threads;          // per thread and tile
-  static constexpr int rope_copies = (row_chunks - v_chunks + copy_threads - 1) / copy_threads;
+  // Loads: of `load_rows` rows of a tile by a group, a thread copies chunks (16 bytes) of one row in `copy_sets`, `copy_lines` times.
+  // With columns of its own, a warp copies 128 bytes of each of four rows at once; otherwise the group all its rows.
+  static constexpr int load_rows = C::block_n / row_groups;
+  static constexpr int copy_threads = own_columns ? 8 : group_threads / load_rows;  // of a row, at once
+  static constexpr int copy_rows = own_columns ? 4 : load_rows, copy_sets = load_rows / copy_rows;
+  static constexpr int row_chunks = C::d_qk / 8, v_chunks = C::d_v / 8;
+  static constexpr int copy_lines = v_chunks / copy_threads / (own_columns ? group_warps : 1);
+  static constexpr int rope_sets = own_columns ? load_rows / 16 : 1;
+  static constexpr int rope_lines = own_columns ? row_chunks > v_chunks
+                                                : (row_chunks - v_chunks + copy_threads - 1) / copy_threads;
+  static constexpr int rope_copies = rope_sets * rope_lines,
+                       tile_copies = rope_copies + copy_sets * copy_lines;  // per thread
+  static constexpr int address_rows = own_columns ? 128 : 64;               // KV rows that a group looks up at once
 
   static_assert(C::warps == groups * group_warps && C::stages % tile_groups == 0 && ring_stages >= 2);
   static_assert(C::block_n % pass_tokens == 0 && warp_v % 16 == 0 && v_chunks % copy_threads == 0 && row_threads <= 32);
+  static_assert(!own_columns || (warp_v % 64 == 0 && load_rows % 16 == 0 && row_chunks - v_chunks <= 2 * group_warps));
+  static_assert(!warp_arrivals || ring_stages >= 4);
+  static_assert(tile_groups == 1 || group_rows * C::d_v / 2 * 4 <= C::block_n * kv_row, "half of O fits into a stage");
   static_assert(C::d_v % (16 * group_warps) == 0 && address_rows % load_rows == 0 && address_rows <= group_threads);
 };
 
@@ -61,40 +79,18 @@ struct Place {
   // softmax: the row of the group, and which of its tokens
   __device__ __forceinline__ int soft_row() const { return thread % S::group_threads / S::row_threads; }
   __device__ __forceinline__ int soft_lane() const { return thread % S::row_threads; }
-  // loads: which of the tile's rows that the group copies, and which of its chunks
-  __device__ __forceinline__ int copy_row() const { return thread % S::group_threads / S::copy_threads; }
-  __device__ __forceinline__ int copy_chunk() const { return thread % S::copy_threads; }
+  // loads: which of the rows that are copied at once, and which chunk; of RoPE, with columns of its own
+  __device__ __forceinline__ int copy_row() const { return (S::own_columns ? lane() : member()) / S::copy_threads; }
+  __device__ __forceinline__ int copy_chunk() const {
+    return thread % S::copy_threads + (S::own_columns ? warp() * S::warp_v / 8 : 0);
+  }
+  __device__ __forceinline__ int rope_chunk() const { return warp() * 2 + thread % 2; }
 };
 
-// Where a KV row lies in memory; latent == nullptr: past the end of the request.
-struct alignas(16) RowAddress {
-  const uint16_t *latent, *rope;
-};
-
-// The tiles whose row addresses a group looks up next: piece, first of them and last of the piece, its request.
-struct alignas(16) Cursor {
-  int index, tile, end_tile;
-  int request, len;
-  int unused[3];
-};
-
+// Among the threads of a group.
 template <class C>
-struct Smem {
-  using S = Shape<C>;
-  uint16_t kv[C::stages][C::block_n][C::d_qk + 8];
-  struct alignas(128) Group {
-    float logits[S::group_warps][S::group_rows][C::block_n];  // partial, by warp; see logits_at
-    uint16_t p[S::group_rows][C::block_n + 8];
-    float rescale[S::group_rows];                          // what O must be multiplied by before P V is added
-    int rescale_tile;                                      // `tiles` of the last tile for which any of them was not 1
-    float row_max[S::group_rows], row_sum[S::group_rows];  // at the end of a piece
-    int given_stage;                                       // where the half of O lies that the group gives away
-    RowAddress addresses[S::address_rows];                 // of the rows to be loaded next
-    Cursor cursor;
-    int piece_index[S::group_warps];                   // each warp's, as registers are short in the loop
-    float parked[S::tight ? 3 : 0][S::group_threads];  // each thread's part of the softmax, likewise
-  } groups[S::groups];
-  uint64_t full[C::stages], empty[C::stages];  // mbarriers: a tile has landed, a tile has been read
-};
+__device__ __forceinline__ void group_barrier(const Place<C>& me) {
+  barrier_sync(1 + me.group(), Shape<C>::group_threads);
+}
 
 }  // namespace mla::sm80

@@ -1,0 +1,163 @@
+// The end of a piece: what two groups hold of the same rows is merged, and O and lse go to memory.
+#pragma once
+
+#include "../common/partials.cuh"
+#include "memory.cuh"
+#include "softmax.cuh"
+#include "work.cuh"
+
+namespace mla::sm80 {
+
+template <class C>
+struct Results {
+  using S = Shape<C>;
+  // Where groups take tiles in turn, each keeps half of its columns of O and gives the other half away.
+  static constexpr int column_tiles = S::warp_v / 8, kept_tiles = column_tiles / S::tile_groups;  // of 8, per warp
+
+  const DecodeParams& p;
+  const Place<C>& me;
+  const Memory<C>& at;
+  const Work<C>& work;
+  float (&o)[S::row_tiles][column_tiles][4];
+
+  __device__ __forceinline__ RowState state_of(int group, int row) const {
+    return {load_shared(at.row_max(group, row)), load_shared(at.row_sum(group, row))};
+  }
+  // Relative to the larger max: what the sums, and O of either, must be multiplied by.
+  struct Merged {
+    RowState state;
+    float factor[2];
+  };
+  __device__ __forceinline__ Merged merge_states(int row) const {
+    const RowState a = state_of(0, row), b = state_of(1, row);
+    Merged merged{{fmaxf(a.max, b.max), 0.f}, {}};
+    merged.factor[0] = a.max == kNegInf ? 0.f : exp2_fast(a.max - merged.state.max);
+    merged.factor[1] = b.max == kNegInf ? 0.f : exp2_fast(b.max - merged.state.max);
+    merged.state.sum = a.sum * merged.factor[0] + b.sum * merged.factor[1];
+    return merged;
+  }
+
+  // ---- O of groups that take tiles in turn: what a warp gives, in the stage of its last tile, the warp of the other group
+  // that has the same columns takes, lane by lane. `first`: of the column tiles. ----
+
+  template <class First>
+  __device__ __forceinline__ void give_o(int stage, First) const {
+#pragma unroll
+    for (int n = 0; n < kept_tiles; ++n)
+      store_shared_quad(at.given(me.group(), stage) + n * 16 * S::group_threads, o[0][First::value + n]);
+  }
+  template <class First>
+  __device__ __forceinline__ void take_o(First) const {
+    const Merged upper = merge_states(me.quad()), lower = merge_states(me.quad() + 8);
+    const int own = me.group(), other = own ^ 1, stage = __float_as_int(load_shared(at.given_stage(other)));
+    const uint32_t from = at.given(other, stage);
+#pragma unroll
+    for (int n = 0; n < kept_tiles; ++n) {
+      float x[4] = {};
+      if (stage >= 0) load_shared(x, from + n * 16 * S::group_threads);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const auto& f = i < 2 ? upper.factor : lower.factor;
+        float& y = o[0][First::value + n][i];
+        y = y * (own == 0 ? f[0] : f[1]) + x[i] * (own == 0 ? f[1] : f[0]);
+      }
+    }
+  }
+
+  // ---- to memory: rows that exist, and of O the columns that the group keeps, from column tile `first` on ----
+
+  __device__ __forceinline__ void store_lse(const Piece& piece, const RowState& state) const {
+    const int block_row = me.row_group() * S::group_rows + me.soft_row();
+    if (me.soft_lane() != 0 || block_row >= work.num_rows_of(piece)) return;
+    const float lse2 = lse2_of(state.max, state.sum);
+    if (piece.partial_slot >= 0) {
+      *partial_lse2(p, C::block_rows, work.slot_of(piece), block_row) = lse2;
+    } else if (p.lse) {
+      p.lse[offset_of(work.row_of(piece, block_row), p.lse_strides)] = lse2 * kLn2;
+    }
+  }
+  __device__ __forceinline__ float scale_of(int group_row) const {
+    const float sum = S::tile_groups > 1 ? merge_states(group_row).state.sum : state_of(me.group(), group_row).sum;
+    return sum == 0.f ? 0.f : 1.f / sum;
+  }
+  template <class First>
+  __device__ __forceinline__ void store_partial(const Piece& piece, First) const {
+#pragma unroll
+    for (int m = 0; m < S::row_tiles; ++m) {
+      const int row_tile = me.row_group() * S::row_tiles + m;
+      if (row_tile * kFragmentRows >= work.num_rows_of(piece)) break;
+      const float upper = scale_of(m * 16 + me.quad()), lower = scale_of(m * 16 + me.quad() + 8);
+      float4* to = partial_fragment(p, C::block_rows, C::d_v, work.slot_of(piece), row_tile,
+                                    me.warp() * column_tiles + First::value);
+#pragma unroll
+      for (int n = 0; n < kept_tiles; ++n) {
+        const auto& x = o[m][First::value + n];
+        to[n * 32] = make_float4(x[0] * upper, x[1] * upper, x[2] * lower, x[3] * lower);
+      }
+    }
+  }
+  template <class First>
+  __device__ __forceinline__ void store_output(const Piece& piece, First) const {
+#pragma unroll
+    for (int half = 0; half < 2 * S::row_tiles; ++half) {
+      const int group_row = half * 8 + me.quad(), block_row = me.row_group() * S::group_rows + group_row;
+      const bool exists = block_row < work.num_rows_of(piece);
+      const float scale = scale_of(group_row);
+      auto* to = static_cast<uint16_t*>(p.out) + offset_of(work.row_of(piece, block_row), p.out_strides) +
+                 me.warp() * S::warp_v;
+      // The four threads of a row exchange words, so that each stores 16 bytes at once.
+#pragma unroll
+      for (int n = First::value; n < First::value + kept_tiles; n += 4) {
+        uint32_t words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float* x = o[half / 2][n + i] + half % 2 * 2;
+          words[i] = pack2<typename C::Element>(x[0] * scale, x[1] * scale);
+        }
+        transpose_quad(words);
+        if (exists) store_global(to + (n + static_cast<int>(me.thread % 4)) * 8, words);
+      }
+    }
+  }
+  template <class First>
+  __device__ __forceinline__ void store_o(const Piece& piece, First first) const {
+    if (piece.partial_slot >= 0) store_partial(piece, first);
+    else store_output(piece, first);
+  }
+
+  // ---- all of it. `state`: of the thread's row. `stage`: that of the group's last tile; negative: it had none ----
+
+  __device__ __forceinline__ void finish_piece(const Piece& piece, const RowState& state, int stage) const {
+    if (me.soft_lane() == 0) {
+      store_shared(at.row_max(me.group(), me.soft_row()), state.max);
+      store_shared(at.row_sum(me.group(), me.soft_row()), state.sum);
+    }
+    if constexpr (S::tile_groups > 1) {
+      const Index<0> lower{};
+      const Index<kept_tiles> upper{};
+      group_barrier(me);  // all have read the stage
+      if (stage >= 0) {
+        if (me.group() == 0) give_o(stage, upper);
+        else give_o(stage, lower);
+      }
+      if (me.member() == 0) store_shared(at.given_stage(me.group()), __int_as_float(stage));
+      __syncthreads();  // what each group gives is there, and max and sum of both
+      if (me.group() == 0) {
+        store_lse(piece, merge_states(me.soft_row()).state);
+        take_o(lower);
+        store_o(piece, lower);
+      } else {
+        take_o(upper);
+        store_o(piece, upper);
+      }
+      __syncthreads();  // all has been taken
+    } else {
+      group_barrier(me);  // the rows' sums are there
+      store_lse(piece, state);
+      store_o(piece, Index<0>{});
+      group_barrier(me);  // they have been read
+    }
+  }
+};
+
+}  // namespace mla::sm80
