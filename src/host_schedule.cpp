@@ -24,6 +24,10 @@ PlanHeader choose_cuts(const Lengths& lengths, Shape shape, int32_t num_workers)
   }
   const int32_t group_size = best_group_size(units, max_row_blocks, num_workers);
   const int64_t common_units = least_units == most_units ? most_units : 0;
+  int64_t num_items = 0;
+  for (int32_t i = 0; i < lengths.num_requests; ++i) num_items += bundles(request_at(lengths, shape, i), group_size);
+  if (0 < num_items && num_items <= num_workers / group_size && most_units <= least_range(units[group_size - 1], shape))
+    return make_uncut_header(most_units, num_items, shape, group_size);
   return make_header(units[group_size - 1], common_units, shape, group_size, num_workers);
 }
 

@@ -153,7 +153,13 @@ class Schedule:
         even = max(share(self.group_size), least)
         units = self.total_units(self.group_size)
         rows = [i for i in requests if self.row_blocks(i)]
-        if len({max(self.tiles(self.batch.length(i)), 1) for i in rows}) != 1:
+        longest = overhead + max((max(self.tiles(self.batch.length(i)), 1) for i in rows), default=0)
+        items = sum(-(-self.row_blocks(i) // self.group_size) for i in requests)
+        if 0 < items <= self.num_workers // self.group_size and longest <= least:
+            # Nothing is cut: a group has one item.
+            assert (self.units_per_group, self.num_groups) == (longest, items)
+            assert all(piece.starts and piece.ends for piece in self.pieces)
+        elif len({max(self.tiles(self.batch.length(i)), 1) for i in rows}) != 1:
             assert self.units_per_group == even
             assert self.num_groups == -(-units // even)
         elif self.units_per_group != even:

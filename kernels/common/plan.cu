@@ -76,7 +76,16 @@ extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)
   for (int g = 2; g <= schedule::kMaxGroupSize; ++g)
     if (g == group_size) total_units = units[g - 1];
   const int64_t common_units = all.least_units == all.most_units ? all.most_units : 0;
-  PlanHeader header = schedule::make_header(total_units, common_units, shape, group_size, num_workers);
+  int64_t num_items = 0;
+  if (all.most_units <= schedule::least_range(total_units, shape)) {
+    int64_t own = 0;
+    for (int i = thread; i < lengths.num_requests; i += kPlanThreads)
+      own += schedule::bundles(schedule::request_at(lengths, shape, i), group_size);
+    num_items = block_sum(own, scratch);
+  }
+  PlanHeader header = 0 < num_items && num_items <= num_workers / group_size
+                          ? schedule::make_uncut_header(all.most_units, num_items, shape, group_size)
+                          : schedule::make_header(total_units, common_units, shape, group_size, num_workers);
 
   // Where each request begins on the line of all items, and the number of its first item.
   const int64_t max_pieces = schedule::max_pieces(lengths, shape, num_workers);

@@ -15,8 +15,7 @@ namespace mla::schedule {
 
 // Starting and finishing an item (Q, first KV latency, output) costs about as much as this many KV tokens.
 constexpr int kItemOverheadTokens = 64;
-// A group's range is at least this long, overhead included: below it, combining more splits costs more than they save.
-constexpr int kMinGroupTokens = 128;
+constexpr int kMinGroupTokens = 128;  // of least_range()
 // With more tokens than few, combining is dearer: 27.5 us instead of 23.8 for one request of 16,384 tokens in ranges of 128.
 constexpr int kFewTokens = 6144, kMinGroupTokensOfMany = 192;
 constexpr int kMaxGroupSize = 8;
@@ -88,6 +87,24 @@ MLA_HD int32_t best_group_size(const int64_t* units, int32_t max_row_blocks, int
   return best;
 }
 
+// A group's range is at least this long: below it, combining more splits costs more than they save.
+MLA_HD int64_t least_range(int64_t total_units, Shape shape) {
+  const bool few = total_units * shape.block_n <= kFewTokens;
+  const int64_t tiles = ceil_div(few ? kMinGroupTokens : kMinGroupTokensOfMany, shape.block_n);
+  const int64_t overhead = overhead_units(shape);
+  return tiles > overhead ? tiles : overhead + 1;
+}
+
+// Items that are all shorter than the least range, and no more than groups: nothing is cut, each group has one.
+MLA_HD PlanHeader make_uncut_header(int64_t most_units, int64_t num_items, Shape shape, int32_t group_size) {
+  PlanHeader h{};
+  h.group_size = group_size;
+  h.overhead = overhead_units(shape);
+  h.units_per_group = h.item_span = most_units;
+  h.num_groups = static_cast<int32_t>(num_items);
+  return h;
+}
+
 // How the line of all items is cut: into equal ranges, or, where all items are equally long (`common_units` > 0) and it makes the
 // ranges hardly longer, so that cuts and items fall together: a group then computes whole items, or one part of an item, and no
 // group pays for two partial results. Parts are equal without the overhead, which every group has once.
@@ -97,14 +114,12 @@ MLA_HD PlanHeader make_header(int64_t total_units, int64_t common_units, Shape s
   h.group_size = group_size;
   const int64_t groups = num_workers / group_size;
   h.overhead = overhead_units(shape);
-  const bool few = total_units * shape.block_n <= kFewTokens;
-  const int64_t least_tiles = ceil_div(few ? kMinGroupTokens : kMinGroupTokensOfMany, shape.block_n);
-  const int64_t least = least_tiles > h.overhead ? least_tiles : h.overhead + 1;
+  const int64_t least = least_range(total_units, shape);
   const int64_t even = ceil_div(total_units, groups);
   h.units_per_group = even > least ? even : least;
   if (common_units > 0) {
     const int64_t items = total_units / common_units, tiles = common_units - h.overhead;
-    const int64_t parts = clamp<int64_t>(groups / items, 1, ceil_div(tiles, least_tiles));
+    const int64_t parts = clamp<int64_t>(groups / items, 1, ceil_div(tiles, least));
     const int64_t part = ceil_div(tiles, parts);  // of one item
     const int64_t longest = parts > 1 ? part + h.overhead : ceil_div(items, groups) * common_units;
     if (longest <= h.units_per_group + h.units_per_group / kAlignmentShare + h.overhead) {
