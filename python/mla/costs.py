@@ -24,10 +24,11 @@ PEAK_SHARE = {
     "sm80": {16: 0.40, 32: 0.55, 64: 0.75},
     "sm90_2wg": {64: 0.80},
     "sm90_3wg": {64: 0.80},
+    "sm90_swap": {16: 0.40},
 }
 # The peak of data-center GPUs since Hopper is wgmma's; mma.sync has 0.66 of it on the H200.
 WGMMA_GPUS = (90, 100, 103, 110)
-WGMMA_PIPELINES = ("sm90_2wg", "sm90_3wg")
+WGMMA_PIPELINES = ("sm90_2wg", "sm90_3wg", "sm90_swap")
 MMA_PER_WGMMA = 0.66
 
 
