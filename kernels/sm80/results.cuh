@@ -101,10 +101,10 @@ struct Results {
 #pragma unroll
     for (int half = 0; half < 2 * S::row_tiles; ++half) {
       const int group_row = half * 8 + me.quad(), block_row = me.row_group() * S::group_rows + group_row;
+      const auto row = work.row_of(piece, block_row);  // not later: ptxas then loads K late, in the loop (sm80.md)
       const bool exists = block_row < work.num_rows_of(piece);
       const float scale = scale_of(group_row);
-      auto* to = static_cast<uint16_t*>(p.out) + offset_of(work.row_of(piece, block_row), p.out_strides) +
-                 me.warp() * S::warp_v;
+      auto* to = static_cast<uint16_t*>(p.out) + offset_of(row, p.out_strides) + me.warp() * S::warp_v;
       // The four threads of a row exchange words, so that each stores 16 bytes at once.
 #pragma unroll
       for (int n = First::value; n < First::value + kept_tiles; n += 4) {

@@ -51,12 +51,14 @@ struct Shape {
                                                 : (row_chunks - v_chunks + copy_threads - 1) / copy_threads;
   static constexpr int rope_copies = rope_sets * rope_lines,
                        tile_copies = rope_copies + copy_sets * copy_lines;  // per thread
-  static constexpr int address_rows = own_columns ? 128 : 64;               // KV rows that a group looks up at once
+  // In the second half of the values only: ptxas lets no load of V pass a copy, and the other group has longer to leave the stage.
+  static constexpr bool late_copies = tight && C::block_n > 16;
+  static constexpr int address_rows = own_columns || late_copies ? 128 : 64;  // KV rows that a group looks up at once
 
   static_assert(C::warps == groups * group_warps && C::stages % tile_groups == 0 && ring_stages >= 2);
   static_assert(C::block_n % pass_tokens == 0 && warp_v % 16 == 0 && v_chunks % copy_threads == 0 && row_threads <= 32);
   static_assert(!own_columns || (warp_v % 64 == 0 && load_rows % 16 == 0 && row_chunks - v_chunks <= 2 * group_warps));
-  static_assert(!warp_arrivals || ring_stages >= 4);
+  static_assert(!warp_arrivals || ring_stages == 4);
   static_assert(tile_groups == 1 || group_rows * C::d_v / 2 * 4 <= C::block_n * kv_row, "half of O fits into a stage");
   static_assert(C::d_v % (16 * group_warps) == 0 && address_rows % load_rows == 0 && address_rows <= group_threads);
 };

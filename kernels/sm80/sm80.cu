@@ -161,6 +161,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
     }
   };
   constexpr int columns_steps = S::warp_v / 16, value_steps = C::block_n / 16 * columns_steps;
+  constexpr int first_copy_step = S::late_copies ? value_steps / 2 : 1;
   // The first operands are loaded ahead of what they need not wait for: V of barrier B, P of the rescaling of O.
   struct Values {
     uint32_t p_tile, v_tile, p[S::row_tiles][4], v[2][4];  // v: this step's and the next one's
@@ -250,14 +251,13 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
                 next_parity = next_stage == 0 ? parity ^ 1 : parity;
       const bool refill = tiles > S::tile_groups;  // the stage of a piece's last tile is needed for O first
       typename Loads<C>::Copy copy;
-      // The group's share of a tile: step 0 prepares, the others copy.
+      // The group's share of a tile: one or two steps prepare, those behind them copy.
       auto copy_step = [&](auto step) {
-        if constexpr (step.value == 0) {
-          copy = loads.begin_copy(free_stage);
-          mbarrier_wait(at.empty(free_stage), free_parity);
-        } else {
-          constexpr int from = (step.value - 1) * S::tile_copies / (value_steps - 1),
-                        to = step.value * S::tile_copies / (value_steps - 1);
+        if constexpr (step.value == (S::late_copies ? first_copy_step - 2 : 0)) copy = loads.begin_copy(free_stage);
+        if constexpr (step.value == first_copy_step - 1) mbarrier_wait(at.empty(free_stage), free_parity);
+        if constexpr (step.value >= first_copy_step) {
+          constexpr int number = step.value - first_copy_step, steps = value_steps - first_copy_step;
+          constexpr int from = number * S::tile_copies / steps, to = (number + 1) * S::tile_copies / steps;
           unrolled<to, from>([&](auto part) { loads.copy_part(copy, part); });
         }
       };
@@ -311,7 +311,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
           __syncwarp();  // the whole warp has read the tile, and its copies of the next but one have landed
           if (me.lane() == 0) {
             mbarrier_arrive(at.empty(stage));
-            mbarrier_arrive(at.full((stage + 2) % S::ring_stages));
+            mbarrier_arrive(at.full(stage ^ 2));  // of four
           }
         } else {
           mbarrier_arrive(at.empty(stage));
