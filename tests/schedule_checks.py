@@ -153,7 +153,9 @@ class Schedule:
         even = max(share(self.group_size), least)
         units = self.total_units(self.group_size)
         rows = [i for i in requests if self.row_blocks(i)]
-        longest = overhead + max((max(self.tiles(self.batch.length(i)), 1) for i in rows), default=0)
+        longest = overhead + max(
+            (max(self.tiles(self.batch.length(i)), 1) for i in rows), default=0
+        )
         items = sum(-(-self.row_blocks(i) // self.group_size) for i in requests)
         if 0 < items <= self.num_workers // self.group_size and longest <= least:
             # Nothing is cut: a group has one item.

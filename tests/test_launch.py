@@ -53,7 +53,7 @@ def test_decode_is_the_kernel_and_its_combine(
     assert decode["kernel"] == f"mla_{name}_{short}"
     assert combine["kernel"] == f"mla_combine_{short}_v{variant['d_v']}"
     assert (decode["grid"], decode["block"]) == (WORKERS, 32 * variant["warps"])
-    assert (combine["grid"], combine["block"], combine["smem"]) == (3 * WORKERS, 256, 0)
+    assert (combine["grid"], combine["block"], combine["smem"]) == (2 * WORKERS, 256, 0)
     assert {(call["stream"], call["device"]) for call in (decode, combine)} == {(0xABC, 1)}
 
     wanted = values_of(filled_params(), ATTRIBUTES)  # type: ignore[arg-type]
