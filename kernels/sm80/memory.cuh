@@ -48,8 +48,13 @@ struct Memory {
   const Place<C>& me;
 
   __device__ __forceinline__ uint32_t kv(int stage, int token, int column) const {
-    return smem + static_cast<uint32_t>(offsetof(Smem<C>, kv)) +
-           ((me.tile_group() * S::ring_stages + stage) * C::block_n + token) * S::kv_row + column * 2;
+    const uint32_t ring = smem + static_cast<uint32_t>(offsetof(Smem<C>, kv));
+    const int first = me.tile_group() * S::ring_stages;
+    // Apart, the two are kept, the stage's in a uniform register: 1 to 2 % less for 32 and 64 rows; 10 % more at (512, 512), 99 KB.
+    if constexpr (C::block_rows > 16 && C::d_qk > C::d_v)
+      return ring + (first * C::block_n + token) * S::kv_row + column * 2 +
+             stage * static_cast<int>(C::block_n * S::kv_row);
+    else return ring + ((first + stage) * C::block_n + token) * S::kv_row + column * 2;
   }
   __device__ __forceinline__ uint32_t full(int stage) const {
     return smem + static_cast<uint32_t>(offsetof(Smem<C>, full)) + (me.tile_group() * S::ring_stages + stage) * 8;
