@@ -37,8 +37,9 @@ RIGHT = [
     Recipe(split_q=True, split_cache=True, cache_rank=4),
     Recipe(out=False, lse=False),
     Recipe(lse=False, return_lse=False, d_v=True),
-    Recipe(plan="free"),
-    Recipe(plan="bounded", ragged=True, max_pages=3),
+    # Of one row, as a plan for other sizes may be for another, which is another kind.
+    Recipe(plan="free", context="sm80_r16_n16_s8_d576"),
+    Recipe(plan="bounded", ragged=True, max_pages=3, context="sm80_r16_n16_s8_d576"),
     Recipe(workspace=True),
     Recipe(batch_invariant=True),
     Recipe(variant="sm80"),

@@ -155,6 +155,6 @@ print(json.dumps([entered(3, 4), entered(2, 4), _mla.num_prepared()]))
 """
     kind, sizes, prepared = json.loads(run(script, prologue=AS_H200).printed)
     assert prepared == 3
-    assert len(kind) <= 80
+    assert len(kind) <= 120
     assert sizes[:2] == ["decode", "name"]  # the second names the variant
     assert len(sizes) <= 10
