@@ -28,8 +28,7 @@ in_repository = pytest.mark.skipif(
 @pytest.mark.parametrize("name", RECORDED)
 def test_choice_is_nearly_the_fastest(name: str) -> None:
     results = sorted((BENCHMARKS / "h200").glob(RECORDED[name]))
-    if not results:
-        pytest.skip(f"benchmarks/h200 has no runs of {name} yet")
+    assert len(results) > 1
     h200 = by_name("H200")
     assert h200 is not None
     times: dict[str, dict[str, runs.Sample]] = {}

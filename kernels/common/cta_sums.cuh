@@ -24,12 +24,11 @@ __device__ __forceinline__ void block_sums(int64_t (&x)[N], int64_t (*scratch)[N
     for (int i = 0; i < N; ++i) x[i] += scratch[warp][i];
 }
 
-template <class T>
-__device__ __forceinline__ T block_sum(T x, int64_t* scratch) {
+__device__ __forceinline__ int64_t block_sum(int64_t x, int64_t* scratch) {
   __syncthreads();  // the scratch of an earlier sum has been read
   int64_t sum[1] = {x};
   block_sums(sum, reinterpret_cast<int64_t (*)[1]>(scratch));
-  return static_cast<T>(sum[0]);
+  return sum[0];
 }
 
 // The sum over the threads before this one, and in `total` over all.

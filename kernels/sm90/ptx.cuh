@@ -100,7 +100,6 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
 
 // ---- copies ----
 
-// Fetches the descriptor ahead of its first use.
 __device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -163,14 +162,12 @@ __device__ __forceinline__ uint64_t pinned(uint64_t descriptor) {
 #define MLA_SIXTY MLA_TEN() MLA_TEN(1) MLA_TEN(2) MLA_TEN(3) MLA_TEN(4) MLA_TEN(5)
 #define MLA_SIXTY_MORE MLA_TEN(6) MLA_TEN(7) MLA_TEN(8) MLA_TEN(9) MLA_TEN(10) MLA_TEN(11)
 #define MLA_TEXT_8 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define MLA_TEXT_16 MLA_TEN() "%10, %11, %12, %13, %14, %15"
 #define MLA_TEXT_32 MLA_TEN() MLA_TEN(1) MLA_TEN(2) "%30, %31"
 #define MLA_TEXT_64 MLA_SIXTY "%60, %61, %62, %63"
 #define MLA_TEXT_128 MLA_SIXTY MLA_SIXTY_MORE "%120, %121, %122, %123, %124, %125, %126, %127"
 #define MLA_REGISTERS_8(d, i)                                                                                 \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
-#define MLA_REGISTERS_16(d, i) MLA_REGISTERS_8(d, i), MLA_REGISTERS_8(d, i + 8)
 #define MLA_REGISTERS_32(d, i) \
   MLA_REGISTERS_8(d, i), MLA_REGISTERS_8(d, i + 8), MLA_REGISTERS_8(d, i + 16), MLA_REGISTERS_8(d, i + 24)
 #define MLA_REGISTERS_64(d, i) MLA_REGISTERS_32(d, i), MLA_REGISTERS_32(d, i + 32)
@@ -198,29 +195,19 @@ __device__ __forceinline__ void wgmma_qk(float (&d)[32], uint64_t a, uint64_t b)
     MLA_WGMMA("m64n64k16", 32, 0, "%32, %33, add, 1, 1, 0, 0;", "l"(a), "l"(b))
   }
 }
-// With operands swapped, all in shared memory, N = 2 R rows of Q: logits^T of 64 tokens, a and b K-major; d = a b if not `Accumulate`.
-template <class T, bool Accumulate, int R>
-__device__ __forceinline__ void wgmma_kq(float (&d)[R], uint64_t a, uint64_t b) {
-  static_assert(R == 8 || R == 16);
-  if constexpr (R == 8 && Accumulate) {
+// With operands swapped, all in shared memory, N = 16 rows of Q: logits^T of 64 tokens, a and b K-major; d = a b if not `Accumulate`.
+template <class T, bool Accumulate>
+__device__ __forceinline__ void wgmma_kq(float (&d)[8], uint64_t a, uint64_t b) {
+  if constexpr (Accumulate) {
     MLA_WGMMA("m64n16k16", 8, 1, "%8, %9, add, 1, 1, 0, 0;", "l"(a), "l"(b))
-  } else if constexpr (R == 8) {
-    MLA_WGMMA("m64n16k16", 8, 0, "%8, %9, add, 1, 1, 0, 0;", "l"(a), "l"(b))
-  } else if constexpr (Accumulate) {
-    MLA_WGMMA("m64n32k16", 16, 1, "%16, %17, add, 1, 1, 0, 0;", "l"(a), "l"(b))
   } else {
-    MLA_WGMMA("m64n32k16", 16, 0, "%16, %17, add, 1, 1, 0, 0;", "l"(a), "l"(b))
+    MLA_WGMMA("m64n16k16", 8, 0, "%8, %9, add, 1, 1, 0, 0;", "l"(a), "l"(b))
   }
 }
 // O^T of 64 columns: V, a, is MN-major, P, b, is K-major.
-template <class T, int R>
-__device__ __forceinline__ void wgmma_vp(float (&d)[R], uint64_t a, uint64_t b) {
-  static_assert(R == 8 || R == 16);
-  if constexpr (R == 8) {
-    MLA_WGMMA("m64n16k16", 8, 1, "%8, %9, add, 1, 1, 1, 0;", "l"(a), "l"(b))
-  } else {
-    MLA_WGMMA("m64n32k16", 16, 1, "%16, %17, add, 1, 1, 1, 0;", "l"(a), "l"(b))
-  }
+template <class T>
+__device__ __forceinline__ void wgmma_vp(float (&d)[8], uint64_t a, uint64_t b) {
+  MLA_WGMMA("m64n16k16", 8, 1, "%8, %9, add, 1, 1, 1, 0;", "l"(a), "l"(b))
 }
 // Values: b is MN-major in shared memory, N = 2 R columns of V; a is K-major in shared memory,
 template <class T, int R>
@@ -250,12 +237,10 @@ __device__ __forceinline__ void wgmma_pv(float (&d)[R], const uint32_t (&a)[4], 
 #undef MLA_REGISTERS_128
 #undef MLA_REGISTERS_64
 #undef MLA_REGISTERS_32
-#undef MLA_REGISTERS_16
 #undef MLA_REGISTERS_8
 #undef MLA_TEXT_128
 #undef MLA_TEXT_64
 #undef MLA_TEXT_32
-#undef MLA_TEXT_16
 #undef MLA_TEXT_8
 #undef MLA_SIXTY_MORE
 #undef MLA_SIXTY

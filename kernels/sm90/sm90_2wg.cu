@@ -170,10 +170,7 @@ __device__ __forceinline__ void decode_pieces(const DecodeParams& p) {
       mbarrier_init(landed_at(0, 0) + i * kMbarrierBytes, by_boxes ? 1 : 2);  // two warps copy half of the rows each
     fence_mbarrier_init();
   }
-  if (threadIdx.x == 32 && by_boxes) {
-    prefetch_tensor_map(&p.latent_map);
-    if (L::rope > 0) prefetch_tensor_map(&p.rope_map);
-  }
+  if (threadIdx.x == 32 && by_boxes) prefetch_tensor_maps<C>(p);
   begin_load_piece(index);
   __syncthreads();  // the mbarriers are there
   let_next_kernel_start();

@@ -105,10 +105,7 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
   const int warp = warp_uniform(threadIdx.x % kWarpgroupThreads / 32), lane = threadIdx.x % 32;
   if (warpgroup == kConsumers) {
     // What the first box needs is looked up at once: a CTA with little to do spends most of its time on these, one behind the other.
-    if (warp == 0 && has_boxes(p) && elect_lane()) {
-      prefetch_tensor_map(&p.latent_map);
-      if (L::rope > 0) prefetch_tensor_map(&p.rope_map);
-    }
+    if (warp == 0 && has_boxes(p) && elect_lane()) prefetch_tensor_maps<C>(p);
     PieceWalk<C> walk(p);
     Slot slot{};
     if (warp < kCopyWarps) slot = has_boxes(p) ? walk.box_slot_at(0) : walk.row_slot_at(0, warp * 32 + lane);

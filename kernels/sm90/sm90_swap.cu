@@ -1,7 +1,7 @@
 // MLA decode for sm_90 and few rows: operands swapped, so that KV tokens, and V's columns, fill the 64 rows of a wgmma instead of query rows.
 // One persistent CTA per SM: two warpgroups compute, a third one loads.
 //
-// A CTA walks the pieces that the schedule gives it: a block of 16 or 32 packed query rows and a range of 64-token KV tiles each. Q stays
+// A CTA walks the pieces that the schedule gives it: a block of 16 packed query rows and a range of 64-token KV tiles each. Q stays
 // in shared memory for a piece. KV goes round a ring of 8 KB chunks, 64 columns of a tile each, that runs on from piece to piece.
 //
 //   loads    A warp of the third warpgroup fetches chunk behind chunk, as soon as there is room, by TMA; or two warps copy half of its
@@ -90,10 +90,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
   const int warp = warp_uniform(threadIdx.x % kWarpgroupThreads / 32), lane = threadIdx.x % 32;
   if (warpgroup == kConsumers) {
     // What the first box needs is looked up at once: a CTA with little to do spends most of its time on these, one behind the other.
-    if (warp == 0 && has_boxes(p) && elect_lane()) {
-      prefetch_tensor_map(&p.latent_map);
-      if (L::rope > 0) prefetch_tensor_map(&p.rope_map);
-    }
+    if (warp == 0 && has_boxes(p) && elect_lane()) prefetch_tensor_maps<C>(p);
     PieceWalk<C> walk(p);
     Slot slot{};
     if (warp < kCopyWarps) slot = has_boxes(p) ? walk.box_slot_at(0) : walk.row_slot_at(0, warp * 32 + lane);

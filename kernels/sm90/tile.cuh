@@ -84,6 +84,13 @@ __device__ __forceinline__ int pool_page(const DecodeParams& p, Slot slot) {
 constexpr int kMaxBoxes = kTileTokens / kMinBoxRows;
 __device__ __forceinline__ bool has_boxes(const DecodeParams& p) { return p.box_rows >= kMinBoxRows; }
 
+// Fetches the descriptors ahead of their first use.
+template <class C>
+__device__ __forceinline__ void prefetch_tensor_maps(const DecodeParams& p) {
+  prefetch_tensor_map(&p.latent_map);
+  if (TileLayout<C>::rope > 0) prefetch_tensor_map(&p.rope_map);
+}
+
 // A warp looks up this many tiles at once: lane kMaxBoxes * i + k has box k of the i-th, from `tile` on. Boxes that begin behind the
 // request's end do not exist.
 constexpr int kLookupTiles = 32 / kMaxBoxes;
