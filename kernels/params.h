@@ -138,7 +138,7 @@ struct DecodeParams {
 constexpr int kMinBoxRows = 16;
 
 // Launch shapes of the two small kernels; those of the pipelines are in variants.inc.
-constexpr int kPlanThreads = 512;  // one CTA; the sums over group sizes need more registers than 1024 threads have
+constexpr int kPlanThreads = 256;  // one CTA
 constexpr int kCombineThreads = 256, kCombineCtasPerWorker = 2;  // at most as many as an SM holds
 
 static_assert(sizeof(TensorMap) == 128);

@@ -90,6 +90,8 @@ Record host_schedule(const std::vector<int32_t>& seq_lens, const std::optional<s
     throw nb::value_error("cu_seqlens_q must have one element more than seq_lens");
   if (h_q < 1 || block_rows < 1 || block_n < 1 || num_workers < 1)
     throw nb::value_error("h_q, block_rows, block_n and num_workers must be positive");
+  if (block_rows & (block_rows - 1) || block_n & (block_n - 1))
+    throw nb::value_error("block_rows and block_n must be powers of two");
   Lengths lengths{};
   lengths.seq_lens = seq_lens.data();
   lengths.cu_seqlens_q = cu_seqlens_q ? cu_seqlens_q->data() : nullptr;

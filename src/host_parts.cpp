@@ -18,7 +18,7 @@ int32_t choose_group_size(const Lengths& lengths, Shape shape, int32_t num_worke
     const Request request = schedule::request_at(lengths, shape, i);
     max_row_blocks = std::max(max_row_blocks, request.row_blocks);
     for (int32_t g = 1; g <= schedule::kMaxGroupSize; ++g)
-      units[g - 1] += schedule::bundles(request, g) * item_units(make_cut(request, shape), shape);
+      units[g - 1] += schedule::bundles(request.row_blocks, g) * item_units(make_cut(request, shape), shape);
   }
   return schedule::best_group_size(units, max_row_blocks, num_workers);
 }
@@ -41,7 +41,7 @@ HostPlan make_plan_of_parts(const Lengths& lengths, Shape shape, int32_t num_wor
   for (int32_t i = 0; i < lengths.num_requests; ++i) {
     const Request request = schedule::request_at(lengths, shape, i);
     const Cut cut = make_cut(request, shape);
-    const int64_t items = schedule::bundles(request, group_size);
+    const int64_t items = schedule::bundles(request.row_blocks, group_size);
     int64_t pieces = 0;
     for (int line = 0; line < kNumLines; ++line) {
       const Run run = run_of(cut, line);

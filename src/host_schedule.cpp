@@ -11,46 +11,51 @@ using namespace schedule;
 
 namespace {
 
-PlanHeader choose_cuts(const Lengths& lengths, Shape shape, int32_t num_workers) {
-  int64_t units[kMaxGroupSize] = {}, least_units = INT64_MAX, most_units = 0;
+Cuts<int64_t> choose_cuts(const Lengths& lengths, Shape shape, int32_t num_workers) {
+  Items<int64_t> items{0, 0, INT32_MAX, 0};
+  int64_t units[kMaxGroupSize] = {};
   int32_t max_row_blocks = 0;
   for (int32_t i = 0; i < lengths.num_requests; ++i) {
     const Request request = request_at(lengths, shape, i);
     if (request.row_blocks == 0) continue;
     max_row_blocks = std::max(max_row_blocks, request.row_blocks);
-    least_units = std::min(least_units, item_units(request, shape));
-    most_units = std::max(most_units, item_units(request, shape));
-    for (int32_t g = 1; g <= kMaxGroupSize; ++g) units[g - 1] += request_units(request, shape, g, 0);
+    items.least_units = std::min(items.least_units, item_units(request, shape));
+    items.most_units = std::max(items.most_units, item_units(request, shape));
+    for (int32_t g = 1; g <= kMaxGroupSize; ++g)
+      units[g - 1] += int64_t{bundles(request.row_blocks, g)} * item_units(request, shape);
   }
   const int32_t group_size = best_group_size(units, max_row_blocks, num_workers);
-  const int64_t common_units = least_units == most_units ? most_units : 0;
-  int64_t num_items = 0;
-  for (int32_t i = 0; i < lengths.num_requests; ++i) num_items += bundles(request_at(lengths, shape, i), group_size);
-  if (0 < num_items && num_items <= num_workers / group_size && most_units <= least_range(units[group_size - 1], shape))
-    return make_uncut_header(most_units, num_items, shape, group_size);
-  return make_header(units[group_size - 1], common_units, shape, group_size, num_workers);
+  items.units = units[group_size - 1];
+  for (int32_t i = 0; i < lengths.num_requests; ++i)
+    items.number += bundles(request_at(lengths, shape, i).row_blocks, group_size);
+  return make_cuts(items, shape, group_size, num_workers);
 }
 
 HostPlan make_plan(const Lengths& lengths, Shape shape, int32_t num_workers) {
-  HostPlan plan;
-  plan.header = choose_cuts(lengths, shape, num_workers);
-  const int32_t group_size = plan.header.group_size;
+  const Cuts<int64_t> cuts = choose_cuts(lengths, shape, num_workers);
+  const int32_t group_size = cuts.group_size;
   std::vector<int64_t> first_unit{0};
   std::vector<int32_t> first_item{0};
   for (int32_t i = 0; i < lengths.num_requests; ++i) {
     const Request request = request_at(lengths, shape, i);
-    first_unit.push_back(first_unit.back() + request_units(request, shape, group_size, plan.header.item_span));
-    first_item.push_back(first_item.back() + bundles(request, group_size));
+    const int32_t items = bundles(request.row_blocks, group_size);
+    first_unit.push_back(first_unit.back() +
+                         items * (cuts.item_span > 0 ? cuts.item_span : item_units(request, shape)));
+    first_item.push_back(first_item.back() + items);
   }
   const int64_t num_units = first_unit.back();
+  HostPlan plan;
   plan.pieces.resize(static_cast<size_t>(max_pieces(lengths, shape, num_workers)));
 
-  auto item_of_unit = [&](int64_t unit) { return item_at(lengths, shape, plan.header, first_unit.data(), unit); };
-  auto write_piece = [&](const Item& item, int32_t g) {
-    const int64_t number = item_number(item, first_item.data()) + g;
+  auto item_of_unit = [&](int64_t unit) {
+    const int32_t request = last_not_above(first_unit.data(), lengths.num_requests, unit);
+    return item_at(lengths, shape, cuts, first_unit[static_cast<size_t>(request)], request, unit);
+  };
+  auto write_piece = [&](const Item<int64_t>& item, int32_t g) {
+    const int64_t number = int64_t{first_item[static_cast<size_t>(item.request)]} + item.bundle + g;
     if (number >= static_cast<int64_t>(plan.pieces.size()))
       throw std::invalid_argument("cu_seqlens_q makes too many pieces");
-    plan.pieces[static_cast<size_t>(number)] = make_piece(item, shape, plan.header, g);
+    plan.pieces[static_cast<size_t>(number)] = make_piece(item, shape, cuts, g);
     return static_cast<int32_t>(number);
   };
   for (int32_t worker = 0; worker < num_workers; ++worker) {
@@ -58,25 +63,27 @@ HostPlan make_plan(const Lengths& lengths, Shape shape, int32_t num_workers) {
     PlanWorker range{};
     range.member = worker % group_size;
     range.group_size = group_size;
-    if (g < plan.header.num_groups) {
-      const int64_t begin = g * plan.header.units_per_group,
-                    end = std::min(begin + plan.header.units_per_group, num_units);
-      const Item first = item_of_unit(begin), last = item_of_unit(end - 1);
+    if (g < cuts.num_groups) {
+      const int64_t begin = g * cuts.units_per_group, end = std::min(begin + cuts.units_per_group, num_units);
+      const Item<int64_t> first = item_of_unit(begin), last = item_of_unit(end - 1);
       range.first_piece = write_piece(first, g);
       range.end_piece = write_piece(last, g) + 1;
-      range.pairs = pairs_of(first, last, shape, plan.header, g);
+      range.pairs = pairs_of(first, last, shape, cuts, g);
       range.last = plan.pieces[static_cast<size_t>(range.end_piece) - 1];
       SplitItem split;
-      if (range.member == 0 && end < num_units && make_split(item_of_unit(end), shape, plan.header, g, split))
-        plan.splits.push_back(split);
+      if (range.member == 0 && make_split(last, shape, cuts, g, split)) plan.splits.push_back(split);
     }
     plan.workers.push_back(range);
   }
-  for (int32_t number = 0; number < first_item.back(); ++number) {
-    const Item item = numbered_item(lengths, shape, plan.header, first_unit.data(), first_item.data(), number);
-    write_piece(item, static_cast<int32_t>(item.begin / plan.header.units_per_group));
+  for (int32_t request = 0; request < lengths.num_requests; ++request) {
+    const Request info = request_at(lengths, shape, request);
+    for (int64_t bundle = 0; bundle < bundles(info.row_blocks, group_size); ++bundle) {
+      const Item<int64_t> item =
+          make_item(info, shape, cuts, first_unit[static_cast<size_t>(request)], request, bundle);
+      write_piece(item, static_cast<int32_t>(item.begin / cuts.units_per_group));
+    }
   }
-  plan.header.num_splits = static_cast<int32_t>(plan.splits.size());
+  plan.header = make_header(cuts, 0, static_cast<int32_t>(plan.splits.size()));
   return plan;
 }
 

@@ -12,9 +12,11 @@
 namespace mla {
 namespace {
 
-const Kernel& plan_kernel(bool batch_invariant, int device) {
-  return batch_invariant ? get_kernel("plan_parts", kPlanPartsEntry, device, Occupancy::any)
-                         : get_kernel("plan", kPlanEntry, device, Occupancy::any);
+const Kernel& plan_kernel(bool small, bool ragged, int device) {
+  return get_kernel("plan", kPlanEntries[small][ragged], device, Occupancy::any);
+}
+const Kernel& plan_parts_kernel(int device) {
+  return get_kernel("plan_parts", kPlanPartsEntry, device, Occupancy::any);
 }
 
 struct DecodeKernels {
@@ -44,8 +46,11 @@ const DecodeKernels& decode_kernels(const Variant& variant, Dtype dtype, int dev
 
 void launch_plan(const Variant& variant, const DecodeParams& params, int device, uintptr_t stream) {
   const ContextGuard guard(device);
-  launch_kernel(plan_kernel(params.batch_invariant, device), 1, kPlanThreads, stream, Start::after_kernel_before,
-                params.lengths, shape_of(variant), params.num_workers, const_cast<PlanHeader*>(params.plan));
+  const schedule::Shape shape = shape_of(variant);
+  const bool small = schedule::is_small(params.lengths, shape), ragged = params.lengths.cu_seqlens_q != nullptr;
+  const Kernel& kernel = params.batch_invariant ? plan_parts_kernel(device) : plan_kernel(small, ragged, device);
+  launch_kernel(kernel, 1, kPlanThreads, stream, Start::after_kernel_before, params.lengths, shape, params.num_workers,
+                const_cast<PlanHeader*>(params.plan));
 }
 
 void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& given, int device, uintptr_t stream) {
@@ -65,7 +70,9 @@ void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& give
 
 void preload(const Variant& variant, int device) {
   const ContextGuard guard(device);
-  for (const bool batch_invariant : {false, true}) load_now(plan_kernel(batch_invariant, device));
+  for (const bool small : {false, true})
+    for (const bool ragged : {false, true}) load_now(plan_kernel(small, ragged, device));
+  load_now(plan_parts_kernel(device));
   for (const Dtype dtype : kDtypes) {
     if (!(dtype == Dtype::bf16 ? variant.bf16 : variant.fp16)) continue;
     const DecodeKernels& kernels = decode_kernels(variant, dtype, device);

@@ -69,7 +69,7 @@ int compute_capability() {
 // The sizes of a kernel's parameters, which the real driver reads from its machine code.
 std::vector<size_t> parameter_sizes(const std::string& kernel) {
   using namespace mla;
-  if (kernel == "mla_plan" || kernel == "mla_plan_parts")
+  if (kernel.rfind("mla_plan", 0) == 0)
     return {sizeof(Lengths), sizeof(schedule::Shape), sizeof(int32_t), sizeof(PlanHeader*)};
   if (kernel.rfind("mla_combine", 0) == 0) return {sizeof(DecodeParams), sizeof(schedule::Shape)};
   if (kernel.rfind("mla_append", 0) == 0) return {sizeof(AppendParams)};

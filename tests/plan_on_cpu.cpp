@@ -142,6 +142,24 @@ template <class T>
 T __shfl_up_sync(uint32_t mask, T value, int lanes) {
   return cta::shuffle(mask, value, cta::current % 32 < lanes ? cta::current : cta::current - lanes);
 }
+int __clz(uint32_t x) { return x ? __builtin_clz(x) : 32; }
+template <class T, class Operation>
+T reduce(uint32_t mask, T value, Operation operation) {
+  for (int bits = 16; bits > 0; bits /= 2) value = operation(value, __shfl_xor_sync(mask, value, bits));
+  return value;
+}
+int __reduce_add_sync(uint32_t mask, int value) {
+  return reduce(mask, value, [](int a, int b) { return a + b; });
+}
+int __reduce_min_sync(uint32_t mask, int value) {
+  return reduce(mask, value, [](int a, int b) { return std::min(a, b); });
+}
+int __reduce_max_sync(uint32_t mask, int value) {
+  return reduce(mask, value, [](int a, int b) { return std::max(a, b); });
+}
+uint32_t __ballot_sync(uint32_t mask, bool value) {
+  return reduce(mask, uint32_t{value} << cta::current % 32, [](uint32_t a, uint32_t b) { return a | b; });
+}
 template <class T>
 T atomicMax(T* at, T value) {
   const T before = *at;
@@ -171,7 +189,7 @@ namespace {
 // Of a batch; its seq_lens follow and, if it is ragged, its cu_seqlens_q.
 struct Sizes {
   int32_t num_requests, ragged, s_q, total_q, h_q, max_len, block_rows, block_n, merges_pairs, num_workers,
-      batch_invariant, backward;
+      batch_invariant, large, backward;  // large: planned as large batches are, even if it is small
 };
 
 mla::Lengths lengths;
@@ -205,8 +223,13 @@ int main() {
     std::memset(static_cast<void*>(plan), 0x7f, static_cast<size_t>(bytes));
     cta::run(
         [] {
-          const auto make = sizes.batch_invariant ? mla_plan_parts : mla_plan;
-          make(lengths, {sizes.block_rows, sizes.block_n, sizes.merges_pairs}, sizes.num_workers, plan);
+          const mla::schedule::Shape shape{sizes.block_rows, sizes.block_n, sizes.merges_pairs};
+          const bool small = !sizes.large && mla::schedule::is_small(lengths, shape);
+          const auto make_free = small          ? sizes.ragged ? mla_plan_small_ragged : mla_plan_small
+                                 : sizes.ragged ? mla_plan_large_ragged
+                                                : mla_plan_large;
+          const auto make = sizes.batch_invariant ? mla_plan_parts : make_free;
+          make(lengths, shape, sizes.num_workers, plan);
         },
         sizes.backward != 0);
     std::fwrite(&bytes, sizeof(bytes), 1, stdout);

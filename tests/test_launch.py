@@ -96,14 +96,13 @@ except ValueError as error:
 
 
 @pytest.mark.parametrize("variant", GPU_VARIANTS, ids=NAMES)
-@pytest.mark.parametrize(("batch_invariant", "kernel"), [(0, "mla_plan"), (1, "mla_plan_parts")])
-def test_plan_is_one_launch(
-    run: Any, variant: dict[str, Any], batch_invariant: int, kernel: str
-) -> None:
+@pytest.mark.parametrize("batch_invariant", [0, 1])
+def test_plan_is_one_launch(run: Any, variant: dict[str, Any], batch_invariant: int) -> None:
     mode = f"p.batch_invariant = {batch_invariant}"
     done = run(f"{FILL}\n{mode}\n_mla.launch_plan({variant['name']!r}, p, 0, 5)")
     (plan,) = done.named("launch")
-    assert (plan["kernel"], plan["grid"], plan["block"]) == (kernel, 1, 512)
+    kernel = "mla_plan_parts" if batch_invariant else "mla_plan_large_ragged"  # of what FILL has
+    assert (plan["kernel"], plan["grid"], plan["block"]) == (kernel, 1, 256)
     assert (plan["smem"], plan["stream"], plan["device"]) == (0, 5, 0)
     lengths, shape, workers, header = (bytes.fromhex(p) for p in plan["parameters"])
     params = filled_params()
@@ -113,6 +112,29 @@ def test_plan_is_one_launch(
     assert shape == b"".join(int(size).to_bytes(4, "little") for size in tile)
     assert int.from_bytes(workers, "little") == WORKERS
     assert int.from_bytes(header, "little") == params.plan
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(
+    ("requests", "h_q", "max_len", "size"),
+    [
+        (128, 128, 2**17, "small"),
+        (4096, 16, 2**17, "small"),
+        (4097, 16, 2**17, "large"),  # more than are searched in shared memory
+        (128, 128, 2**31 - 1, "large"),  # units that 32 bits may not hold
+    ],
+)
+def test_planners_of_small_batches_plan_small_batches(
+    run: Any, requests: int, h_q: int, max_len: int, size: str, ragged: bool
+) -> None:
+    script = f"""{FILL}
+p.batch_invariant = 0
+p.num_requests, p.s_q, p.total_q, p.h_q, p.max_len = {requests}, 1, 1, {h_q}, {max_len}
+p.cu_seqlens_q = {int(ragged)}
+_mla.launch_plan("sm90_3wg_r64_n64_s2_d576", p, 0, 0)
+"""
+    (plan,) = run(script).named("launch")
+    assert plan["kernel"] == f"mla_plan_{size}" + ("_ragged" if ragged else "")
 
 
 @pytest.mark.parametrize(
@@ -209,7 +231,8 @@ def test_preload_brings_in_all_that_a_call_launches(run: Any, variant: dict[str,
     got = [(c["kernel"], c["device"]) for c in done.named("cuKernelGetFunction")]
     combine = f"mla_combine_%s_v{variant['d_v']}"
     names = [n % t for n in (f"mla_{name}_%s", combine) for t in ("bf16", "fp16")]
-    names += ["mla_plan", "mla_plan_parts"]
+    names += [f"mla_plan_{size}{q}" for size in ("small", "large") for q in ("", "_ragged")]
+    names += ["mla_plan_parts"]
     assert sorted(got) == sorted((n, 1) for n in names)
 
 

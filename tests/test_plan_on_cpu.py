@@ -72,14 +72,20 @@ class Planner:
             )
 
     def plan(
-        self, batch: Batch, shape: Shape, workers: int, backward: bool, batch_invariant: bool
+        self,
+        batch: Batch,
+        shape: Shape,
+        workers: int,
+        backward: bool,
+        batch_invariant: bool,
+        large: bool = False,
     ) -> DevicePlan:
-        """What it writes; `backward`: threads run last to first."""
+        """What it writes; `backward`: threads run last to first; `large`: as for large batches."""
         if self.process is None:
             self.process = self.start()
         cuts = batch.cu_seqlens_q
         sizes = [len(batch.seq_lens), cuts is not None, batch.s_q, batch.total_q, batch.h_q]
-        modes = [batch_invariant, backward]
+        modes = [batch_invariant, large, backward]
         request = [*sizes, batch.max_len, *shape, workers, *modes, *batch.seq_lens, *(cuts or [])]
         assert self.process.stdin is not None
         assert self.process.stdout is not None
@@ -101,8 +107,8 @@ class Planner:
 
     def check(self, batch: Batch, shape: Shape, workers: int, backward: bool) -> None:
         """In both modes: it stays inside, and it is the host's schedule where there is one."""
-        for batch_invariant in (False, True):
-            plan = self.plan(batch, shape, workers, backward, batch_invariant)
+        for batch_invariant, large in ((False, False), (False, True), (True, False)):
+            plan = self.plan(batch, shape, workers, backward, batch_invariant, large)
             plan.check_inside()
             try:
                 host = host_schedule(batch, shape, workers, batch_invariant)

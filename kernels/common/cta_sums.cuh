@@ -1,55 +1,99 @@
-// Sums over the CTA that makes a plan, kPlanThreads threads.
+// Sums over a warp and over the CTA that makes a plan, kPlanThreads threads, and the group size that follows from them.
 #pragma once
 
-#include "../params.h"
+#include "schedule.h"
 
 namespace mla {
 
-// The sums over the CTA, for every thread. `scratch`, by warp, must not be in use any more.
-template <int N>
-__device__ __forceinline__ void block_sums(int64_t (&x)[N], int64_t (*scratch)[N]) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2)
-#pragma unroll
-    for (int i = 0; i < N; ++i) x[i] += __shfl_xor_sync(0xffffffffu, x[i], step);
-  if (threadIdx.x % 32 == 0)
-#pragma unroll
-    for (int i = 0; i < N; ++i) scratch[threadIdx.x / 32][i] = x[i];
-  __syncthreads();  // those of all warps are there
-#pragma unroll
-  for (int i = 0; i < N; ++i) x[i] = 0;
+constexpr uint32_t kAllLanes = 0xffffffffu;
+constexpr int kPlanWarps = kPlanThreads / 32;
+static_assert(kPlanWarps <= 32);
+
+__device__ __forceinline__ int32_t warp_sum(int32_t x) { return __reduce_add_sync(kAllLanes, x); }
+__device__ __forceinline__ int64_t warp_sum(int64_t x) {
 #pragma unroll 1
-  for (int warp = 0; warp < kPlanThreads / 32; ++warp)
-#pragma unroll
-    for (int i = 0; i < N; ++i) x[i] += scratch[warp][i];
+  for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
+  return x;
+}
+__device__ __forceinline__ int32_t warp_min(int32_t x) { return __reduce_min_sync(kAllLanes, x); }
+__device__ __forceinline__ int64_t warp_min(int64_t x) {
+#pragma unroll 1
+  for (int step = 16; step > 0; step /= 2) x = min(x, __shfl_xor_sync(kAllLanes, x, step));
+  return x;
 }
 
-__device__ __forceinline__ int64_t block_sum(int64_t x, int64_t* scratch) {
-  __syncthreads();  // the scratch of an earlier sum has been read
-  int64_t sum[1] = {x};
-  block_sums(sum, reinterpret_cast<int64_t (*)[1]>(scratch));
-  return sum[0];
-}
-
-// The sum over the threads before this one, and in `total` over all.
-__device__ int64_t block_prefix(int64_t x, int64_t* scratch, int64_t& total) {
+// `x` becomes the sum over the threads before this one, `all` that over all. `scratch`, by warp, must not be in use any more.
+template <class T, int N>
+__device__ __forceinline__ void block_prefix(T (&x)[N], T (&all)[N], T (*scratch)[N]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int64_t inclusive = x;
+  T upto[N];  // this one
 #pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int64_t before = __shfl_up_sync(0xffffffffu, inclusive, step);
-    if (lane >= step) inclusive += before;
+  for (int i = 0; i < N; ++i) upto[i] = x[i];
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2)
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const T before = __shfl_up_sync(kAllLanes, upto[i], step);
+      if (lane >= step) upto[i] += before;
+    }
+  if (lane == 31)
+#pragma unroll
+    for (int i = 0; i < N; ++i) scratch[warp][i] = upto[i];
+  __syncthreads();  // the sums of all warps are there
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    const T of_warp = lane < kPlanWarps ? scratch[lane][i] : 0;
+    all[i] = warp_sum(of_warp);
+    x[i] = warp_sum(lane < warp ? of_warp : T{0}) + upto[i] - x[i];
   }
-  __syncthreads();
-  if (lane == 31) scratch[warp] = inclusive;
-  __syncthreads();
-  int64_t before_warp = 0;
-  total = 0;
-  for (int i = 0; i < kPlanThreads / 32; ++i) {
-    if (i < warp) before_warp += scratch[i];
-    total += scratch[i];
+}
+
+// The sum over the CTA, for every thread.
+template <class T>
+__device__ __forceinline__ T block_sum(T x, T* scratch) {
+  __syncthreads();  // the scratch of an earlier sum has been read
+  x = warp_sum(x);
+  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
+  __syncthreads();  // the sums of all warps are there
+  return warp_sum(threadIdx.x % 32 < kPlanWarps ? scratch[threadIdx.x % 32] : T{0});
+}
+
+// schedule::best_group_size, of a warp: each lane has what all items cost in bundles of its size.
+__device__ __forceinline__ int32_t size_of_lane() { return threadIdx.x % schedule::kMaxGroupSize + 1; }
+template <class Unit>
+__device__ __forceinline__ int32_t best_group_size(Unit units, int32_t max_row_blocks, int32_t num_workers) {
+  constexpr Unit never = sizeof(Unit) == 4 ? INT32_MAX : static_cast<Unit>(INT64_MAX);
+  const int32_t size = size_of_lane();
+  const bool possible = size <= schedule::largest_group_size(max_row_blocks, num_workers);
+  const Unit cost = possible ? schedule::busiest_group(units, size, num_workers) : never;
+  const uint32_t best = __ballot_sync(kAllLanes, cost == warp_min(cost));
+  return static_cast<int32_t>((31u - __clz(best)) % schedule::kMaxGroupSize) + 1;
+}
+// The same from the lengths. `units`: of the items of all requests, if each had one; `item_units`: of those of a request. In
+// `scratch` there is one for each size.
+template <class Unit, class ItemUnits>
+__device__ __forceinline__ int32_t choose_group_size(const Lengths& lengths, schedule::Shape shape,
+                                                     int32_t max_row_blocks, int32_t num_workers, Unit units,
+                                                     Unit* scratch, ItemUnits item_units) {
+  if (max_row_blocks <= 1) return 1;
+  if (lengths.cu_seqlens_q) {
+#pragma unroll 1
+    for (int32_t size = threadIdx.x / 32 + 1; size <= schedule::kMaxGroupSize; size += kPlanWarps) {
+      Unit sum = 0;
+#pragma unroll 1
+      for (int32_t i = threadIdx.x % 32; i < lengths.num_requests; i += 32) {
+        const schedule::Request request = schedule::request_at(lengths, shape, i);
+        sum += Unit{schedule::bundles(request.row_blocks, size)} * item_units(request);
+      }
+      sum = warp_sum(sum);
+      if (threadIdx.x % 32 == 0) scratch[size - 1] = sum;
+    }
+    __syncthreads();  // the sums of all sizes are there
+    units = scratch[size_of_lane() - 1];
+  } else {
+    units *= schedule::bundles(max_row_blocks, size_of_lane());
   }
-  return before_warp + inclusive - x;
+  return best_group_size(units, max_row_blocks, num_workers);
 }
 
 }  // namespace mla

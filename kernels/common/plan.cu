@@ -1,164 +1,191 @@
 // Writes a schedule (schedule.h) for the lengths as they are in memory: one CTA, no host involved, so that it can be replayed
 // in a graph with other lengths.
+//
+// A kernel that runs once spends its time on what it waits for, one thing behind the other, and on fetching its own instructions. So
+// there is little of either: one read of the lengths, one barrier for all sums, one for what is searched, one for the number of splits;
+// and an entry point for each case of `is_small` and of uniform or ragged queries, without what that case does not need.
 
 #include "cta_sums.cuh"
-#include "schedule.h"
 
 namespace mla {
 
-constexpr int kNearRequests = 1024;  // what is known of so many at most is searched in shared memory
+// Of requests with query tokens.
+struct Extremes {
+  int32_t row_blocks, least_units, most_units;  // the most of a request; of an item
 
-// Of those with query tokens. Units: what an item costs, and what all do that have one row block each.
-struct Requests {
-  int32_t max_row_blocks;
-  int64_t least_units, most_units, units;
-
-  __device__ __forceinline__ void add(const Requests& other) {
-    max_row_blocks = max(max_row_blocks, other.max_row_blocks);
+  __device__ __forceinline__ void add(const Extremes& other) {
+    row_blocks = max(row_blocks, other.row_blocks);
     least_units = min(least_units, other.least_units);
     most_units = max(most_units, other.most_units);
-    units += other.units;
   }
 };
-constexpr Requests kNoRequests{0, int64_t{1} << 62, 0, 0};
+constexpr Extremes kNoRequests{0, INT32_MAX, 0};
 
-__device__ __forceinline__ Requests of_block(Requests x, Requests* of_warps) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2)
-    x.add({__shfl_xor_sync(0xffffffffu, x.max_row_blocks, step), __shfl_xor_sync(0xffffffffu, x.least_units, step),
-           __shfl_xor_sync(0xffffffffu, x.most_units, step), __shfl_xor_sync(0xffffffffu, x.units, step)});
-  if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = x;
-  __syncthreads();  // those of all warps are there
-  Requests all = kNoRequests;
-#pragma unroll 1
-  for (int i = 0; i < kPlanThreads / 32; ++i) all.add(of_warps[i]);
-  return all;
+__device__ __forceinline__ Extremes of_warp(const Extremes& x) {
+  return {__reduce_max_sync(kAllLanes, x.row_blocks), __reduce_min_sync(kAllLanes, x.least_units),
+          __reduce_max_sync(kAllLanes, x.most_units)};
 }
 
-}  // namespace mla
+// What lies on the line of all items before a request, or in all.
+template <class Unit>
+struct Line {
+  Unit items, units;
+};
 
-extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)
-    mla_plan(const __grid_constant__ mla::Lengths lengths, mla::schedule::Shape shape, int32_t num_workers,
-             mla::PlanHeader* out) {
-  using namespace mla;
-  __shared__ int64_t scratch[kPlanThreads / 32];
-  __shared__ Requests of_warps[kPlanThreads / 32];
-  __shared__ int64_t sums[kPlanThreads / 32][schedule::kMaxGroupSize];
-  __shared__ int64_t near_units[kNearRequests + 1];
-  __shared__ int32_t near_items[kNearRequests + 1];
+template <bool Small, bool Ragged>
+__device__ __forceinline__ void make_plan(const Lengths& given, schedule::Shape shape, int32_t num_workers,
+                                          PlanHeader* out) {
+  using Unit = std::conditional_t<Small, int32_t, int64_t>;
+  using Item = schedule::Item<Unit>;
+  __shared__ Extremes extremes_of_warps[kPlanWarps];
+  __shared__ Unit units_of_warps[kPlanWarps][1], line_of_warps[kPlanWarps][2];
+  __shared__ Unit units_of_group_size[schedule::kMaxGroupSize];
   __shared__ int32_t num_splits;
-  const int thread = threadIdx.x;
-  const schedule::PlanView plan = schedule::view(out, num_workers);
+  Lengths lengths = given;
+  if (!Ragged) lengths.cu_seqlens_q = nullptr;
+  const int thread = threadIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (thread == 0) num_splits = 0;
 
-  Requests all = kNoRequests;
-  for (int i = thread; i < lengths.num_requests; i += kPlanThreads) {
+  // Each thread has some neighbouring requests.
+  const int32_t num_requests = lengths.num_requests, share = schedule::blocks_of(num_requests, kPlanThreads);
+  const int32_t first = min(thread * share, num_requests), end = min(first + share, num_requests);
+  Extremes all = kNoRequests;
+  Unit units[1] = {}, all_units[1];  // of items that have one row block each
+#pragma unroll 1
+  for (int32_t i = first; i < end; ++i) {
     const schedule::Request request = schedule::request_at(lengths, shape, i);
     if (request.row_blocks == 0) continue;
-    const int64_t own = schedule::item_units(request, shape);
-    all.add({request.row_blocks, own, own, schedule::request_units(request, shape, 1, 0)});
+    const int32_t own = schedule::item_units(request, shape);
+    all.add({request.row_blocks, own, own});
+    units[0] += own;
   }
-  all = of_block(all, of_warps);
-  // The group size: what would all requests cost in bundles of 1, 2, ... row blocks?
-  int64_t units[schedule::kMaxGroupSize] = {all.units};
-  if (all.max_row_blocks > 1) {
-    units[0] = 0;
-    for (int i = thread; i < lengths.num_requests; i += kPlanThreads) {
-      const schedule::Request request = schedule::request_at(lengths, shape, i);
-#pragma unroll
-      for (int g = 1; g <= schedule::kMaxGroupSize; ++g) units[g - 1] += schedule::request_units(request, shape, g, 0);
-    }
-    block_sums(units, sums);
-  }
-  const int32_t group_size = schedule::best_group_size(units, all.max_row_blocks, num_workers);
-  int64_t total_units = units[0];
-#pragma unroll
-  for (int g = 2; g <= schedule::kMaxGroupSize; ++g)
-    if (g == group_size) total_units = units[g - 1];
-  const int64_t common_units = all.least_units == all.most_units ? all.most_units : 0;
-  int64_t num_items = 0;
-  if (all.most_units <= schedule::least_range(total_units, shape)) {
-    int64_t own = 0;
-    for (int i = thread; i < lengths.num_requests; i += kPlanThreads)
-      own += schedule::bundles(schedule::request_at(lengths, shape, i), group_size);
-    num_items = block_sum(own, scratch);
-  }
-  PlanHeader header = 0 < num_items && num_items <= num_workers / group_size
-                          ? schedule::make_uncut_header(all.most_units, num_items, shape, group_size)
-                          : schedule::make_header(total_units, common_units, shape, group_size, num_workers);
+  all = of_warp(all);
+  if (lane == 0) extremes_of_warps[warp] = all;
+  block_prefix(units, all_units, units_of_warps);  // its barrier is that of the extremes, too
+  all = of_warp(extremes_of_warps[lane % kPlanWarps]);
+  if (!Ragged && num_requests > 0) all.row_blocks = schedule::row_blocks_of(lengths, shape, lengths.s_q);
 
-  // Where each request begins on the line of all items, and the number of its first item.
-  const int64_t max_pieces = schedule::max_pieces(lengths, shape, num_workers);
-  header.splits_at = schedule::splits_at(max_pieces, num_workers);
-  SplitItem* splits = reinterpret_cast<SplitItem*>(plan.pieces + max_pieces);
-  const bool near = lengths.num_requests <= kNearRequests;
-  int64_t* first_unit = near ? near_units : schedule::first_unit_of(splits, num_workers);
-  int32_t* first_item = near ? near_items : schedule::first_item_of(splits, num_workers, lengths.num_requests);
-  int64_t units_before = 0, items_before = 0;
-  for (int first = 0; first < lengths.num_requests; first += kPlanThreads) {
-    const int i = first + thread;
-    int64_t own_units = 0, own_items = 0, chunk_units = 0, chunk_items = 0;
-    if (i < lengths.num_requests) {
-      const schedule::Request request = schedule::request_at(lengths, shape, i);
-      own_units = schedule::request_units(request, shape, group_size, header.item_span);
-      own_items = schedule::bundles(request, group_size);
-    }
-    const int64_t start = units_before + block_prefix(own_units, scratch, chunk_units);
-    const int64_t start_item = items_before + block_prefix(own_items, scratch, chunk_items);
-    if (i < lengths.num_requests) {
-      first_unit[i] = start;
-      first_item[i] = static_cast<int32_t>(min(start_item, max_pieces));
-    }
-    units_before += chunk_units;
-    items_before += chunk_items;
+  const int32_t group_size =
+      choose_group_size(lengths, shape, all.row_blocks, num_workers, all_units[0], units_of_group_size,
+                        [&](const schedule::Request& request) { return schedule::item_units(request, shape); });
+
+  // What lies before the thread's first request.
+  const int32_t bundles = schedule::bundles(all.row_blocks, group_size);  // of each request, if the query is uniform
+  Line<Unit> before, total;
+  auto add_request = [&](int32_t i, Line<Unit>& to) {
+    const schedule::Request request = schedule::request_at(lengths, shape, i);
+    const Unit items = schedule::bundles(request.row_blocks, group_size);
+    to.items += items;
+    to.units += items * schedule::item_units(request, shape);
+  };
+  if constexpr (Ragged) {
+    Line<Unit> own{};
+#pragma unroll 1
+    for (int32_t i = first; i < end; ++i) add_request(i, own);
+    Unit line[2] = {own.items, own.units}, all_of_line[2];
+    block_prefix(line, all_of_line, line_of_warps);
+    before = {line[0], line[1]};
+    total = {all_of_line[0], all_of_line[1]};
+  } else {
+    before = {Unit{bundles} * first, bundles * units[0]};
+    total = {Unit{bundles} * num_requests, bundles * all_units[0]};
   }
-  if (thread == 0) {
-    first_unit[lengths.num_requests] = units_before;
-    first_item[lengths.num_requests] = static_cast<int32_t>(min(items_before, max_pieces));
+  const schedule::Cuts<Unit> cuts = schedule::make_cuts<Unit>(
+      {total.items, total.units, all.least_units, all.most_units}, shape, group_size, num_workers);
+  if (cuts.item_span > 0) total.units = total.items * cuts.item_span;
+
+  // Where each request begins on the line, and the number of its first item.
+  const schedule::PlanView plan = schedule::view(out, num_workers);
+  const int32_t max_pieces = static_cast<int32_t>(schedule::max_pieces(lengths, shape, num_workers));
+  SplitItem* splits = reinterpret_cast<SplitItem*>(plan.pieces + max_pieces);
+  Unit* first_unit;
+  int32_t* first_item;
+  if constexpr (Small) {
+    __shared__ Unit units_near[schedule::kSmallBatch];
+    __shared__ int32_t items_near[Ragged ? schedule::kSmallBatch : 1];
+    first_unit = units_near;
+    first_item = items_near;
+  } else {
+    first_unit = schedule::first_unit_of(splits, num_workers);
+    first_item = schedule::first_item_of(splits, num_workers, num_requests);
+  }
+#pragma unroll 1
+  for (int32_t i = first; i < end; ++i) {
+    if (i > first) add_request(i - 1, before);
+    first_unit[i] = cuts.item_span > 0 ? before.items * cuts.item_span : before.units;
+    if (Ragged) first_item[i] = static_cast<int32_t>(min(before.items, Unit{max_pieces}));
   }
   __syncthreads();  // first_unit and first_item are complete
 
-  auto item_at = [&](int64_t unit) { return schedule::item_at(lengths, shape, header, first_unit, unit); };
-  auto number_of = [&](const schedule::Item& item, int g) { return schedule::item_number(item, first_item) + g; };
-  // The first and the last piece of every group; a piece that is both is written twice, with the same words.
-  for (int worker = thread; worker < num_workers; worker += kPlanThreads) {
-    const int g = worker / group_size;
+  auto first_item_of = [&](int32_t request) { return Ragged ? first_item[request] : request * bundles; };
+  auto item_at = [&](int32_t request, Unit unit) {
+    return schedule::item_at(lengths, shape, cuts, first_unit[request], request, unit);
+  };
+  auto number_of = [&](const Item& item, int32_t g) { return Unit{first_item_of(item.request)} + item.bundle + g; };
+  auto end_of_group = [&](int32_t g) { return min((g + 1) * cuts.units_per_group, total.units); };
+  // Requests whose query tokens overlap can make more pieces than there is room for: groups with such pieces are left out. Nobody waits
+  // for what they would have left, as those behind them are left out too.
+  auto has_room = [&](Unit number) { return !Ragged || number < max_pieces; };
+
+  // Every group's range, and its first piece if that continues an item; the others are those of the items.
+#pragma unroll 1
+  for (int32_t worker = thread; worker < num_workers; worker += kPlanThreads) {
+    const int32_t g = schedule::quotient(worker, group_size);
     PlanWorker range{};
-    range.member = worker % group_size;
+    range.member = worker - g * group_size;
     range.group_size = group_size;
-    if (g < header.num_groups) {
-      const int64_t begin = g * header.units_per_group, end = min(begin + header.units_per_group, units_before);
-      const schedule::Item first = item_at(begin), last = item_at(end - 1);
-      const int64_t first_number = number_of(first, g), last_number = number_of(last, g);
-      // Requests whose query tokens overlap can make more pieces than there is room for: groups with such pieces are left out. Nobody
-      // waits for what they would have left, as those behind them are left out too.
-      if (last_number < max_pieces) {
+    if (g < cuts.num_groups) {
+      const Unit begin = g * cuts.units_per_group;
+      const Unit ends[2] = {begin, end_of_group(g) - 1};
+      int32_t requests[2];
+      schedule::last_not_above(first_unit, num_requests, ends, requests);
+      const Item item = item_at(requests[0], ends[0]), last = item_at(requests[1], ends[1]);
+      const Unit first_number = number_of(item, g), last_number = number_of(last, g);
+      if (has_room(last_number)) {
         range.first_piece = static_cast<int32_t>(first_number);
         range.end_piece = static_cast<int32_t>(last_number) + 1;
-        range.pairs = schedule::pairs_of(first, last, shape, header, g);
-        // Nothing is left for a group that is left out: its flag would stay up.
-        if (range.pairs & kLeavesLast &&
-            number_of(item_at(min(end + header.units_per_group, units_before) - 1), g + 1) >= max_pieces)
-          range.pairs &= ~kLeavesLast;
-        range.last = schedule::make_piece(last, shape, header, g);
-        plan.pieces[first_number] = schedule::make_piece(first, shape, header, g);
-        plan.pieces[last_number] = range.last;
+        range.pairs = schedule::pairs_of(item, last, shape, cuts, g);
+        if (Ragged && range.pairs & kLeavesLast && !has_room(total.items + cuts.num_groups)) {
+          // Nothing is left for a group that is left out: its flag would stay up.
+          const Unit unit = end_of_group(g + 1) - 1;
+          const int32_t request = schedule::last_not_above(first_unit, num_requests, unit);
+          if (!has_room(number_of(item_at(request, unit), g + 1))) range.pairs &= ~kLeavesLast;
+        }
+        range.last = schedule::make_piece(last, shape, cuts, g);
+        if (item.begin < begin) plan.pieces[first_number] = schedule::make_piece(item, shape, cuts, g);
       }
       SplitItem split;
       // In any order: it changes which CTA combines an item, not what it computes.
-      if (range.member == 0 && end < units_before && schedule::make_split(item_at(end), shape, header, g, split))
+      if (range.member == 0 && schedule::make_split(last, shape, cuts, g, split))
         splits[atomicAdd(&num_splits, 1)] = split;
     }
     plan.workers[worker] = range;
   }
-  // The first piece of every item: those between a group's first and last.
-  for (int64_t number = thread; number < min(items_before, max_pieces); number += kPlanThreads) {
-    const schedule::Item item =
-        schedule::numbered_item(lengths, shape, header, first_unit, first_item, static_cast<int32_t>(number));
-    const int g = static_cast<int>(item.begin / header.units_per_group);
-    if (number + g < max_pieces) plan.pieces[number + g] = schedule::make_piece(item, shape, header, g);
+  // The first piece of every item, those of the first items by the last threads, which have no worker.
+  const int32_t num_items = static_cast<int32_t>(Ragged ? min(total.items, Unit{max_pieces}) : total.items);
+#pragma unroll 1
+  for (int32_t number = kPlanThreads - 1 - thread; number < num_items; number += kPlanThreads) {
+    int32_t request = number;
+    if (Ragged) request = schedule::last_not_above(first_item, num_requests, number);
+    else if (bundles > 1) request = schedule::quotient(number, bundles);
+    const Item item = schedule::make_item(schedule::request_at(lengths, shape, request), shape, cuts,
+                                          first_unit[request], request, Unit{number - first_item_of(request)});
+    const int32_t g = static_cast<int32_t>(schedule::quotient(item.begin, cuts.units_per_group));
+    if (has_room(Unit{number} + g)) plan.pieces[number + g] = schedule::make_piece(item, shape, cuts, g);
   }
   __syncthreads();  // num_splits is complete
-  header.num_splits = num_splits;
-  if (thread == 0) *plan.header = header;
+  if (thread == 0) *plan.header = schedule::make_header(cuts, schedule::splits_at(max_pieces, num_workers), num_splits);
 }
+
+}  // namespace mla
+
+#define MLA_PLAN(name, Small, Ragged)                                                                        \
+  extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)                                         \
+      name(const __grid_constant__ mla::Lengths lengths, const __grid_constant__ mla::schedule::Shape shape, \
+           int32_t num_workers, mla::PlanHeader* out) {                                                      \
+    mla::make_plan<Small, Ragged>(lengths, shape, num_workers, out);                                         \
+  }
+MLA_PLAN(mla_plan_small, true, false)
+MLA_PLAN(mla_plan_small_ragged, true, true)
+MLA_PLAN(mla_plan_large, false, false)
+MLA_PLAN(mla_plan_large_ragged, false, true)

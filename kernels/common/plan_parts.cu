@@ -7,8 +7,8 @@ extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)
     mla_plan_parts(const __grid_constant__ mla::Lengths lengths, mla::schedule::Shape shape, int32_t num_workers,
                    mla::PlanHeader* out) {
   using namespace mla;
-  __shared__ int64_t scratch[kPlanThreads / 32];
-  __shared__ int64_t sums[kPlanThreads / 32][schedule::kMaxGroupSize];
+  __shared__ int64_t of_warps[kPlanWarps], before_warps[kPlanWarps][2];
+  __shared__ int64_t units_of_group_size[schedule::kMaxGroupSize];
   __shared__ int32_t max_row_blocks, num_requests, num_splits;
   const int thread = threadIdx.x;
   const schedule::PlanView plan = schedule::view(out, num_workers);
@@ -25,17 +25,18 @@ extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)
     return parts::make_cut(request, shape);
   };
 
-  // The group size: what would all requests cost in bundles of 1, 2, ... row blocks?
-  int64_t units[schedule::kMaxGroupSize] = {};
+  auto item_units = [&](const schedule::Request& request) {
+    return parts::item_units(parts::make_cut(request, shape), shape);
+  };
+  int64_t units = 0;  // of all items, if each request had one
   for (int i = thread; i < lengths.num_requests; i += kPlanThreads) {
-    schedule::Request request;
-    const int64_t own = parts::item_units(cut_of(i, request), shape);
+    const schedule::Request request = schedule::request_at(lengths, shape, i);
+    units += item_units(request);
     atomicMax(&max_row_blocks, request.row_blocks);
-#pragma unroll
-    for (int g = 1; g <= schedule::kMaxGroupSize; ++g) units[g - 1] += schedule::bundles(request, g) * own;
   }
-  block_sums(units, sums);
-  const int32_t group_size = schedule::best_group_size(units, max_row_blocks, num_workers);
+  units = block_sum(units, of_warps);
+  const int32_t group_size =
+      choose_group_size(lengths, shape, max_row_blocks, num_workers, units, units_of_group_size, item_units);
   const int32_t num_groups = num_workers / group_size;
 
   // Where each request's parts begin on the lines, and behind these its partial results. Requests whose query tokens overlap can have
@@ -50,15 +51,16 @@ extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)
       parts::Cut cut{};
       if (i < lengths.num_requests) cut = cut_of(i, request);
       const parts::Run run = parts::run_of(cut, line);
-      const int64_t items = schedule::bundles(request, group_size);
+      const int64_t items = schedule::bundles(request.row_blocks, group_size);
       const int64_t own_units = items * parts::units_of(run, shape);
       const int64_t own_parts =
           line < parts::kNumLines ? items * run.parts : int64_t{request.row_blocks} * parts::partials_of(cut);
-      int64_t all_units, all_parts;
-      const int64_t unit = units_before + block_prefix(own_units, scratch, all_units);
-      const int64_t part = parts_before + block_prefix(own_parts, scratch, all_parts);
-      units_before += all_units;
-      parts_before += all_parts;
+      int64_t before[2] = {own_units, own_parts}, all[2];
+      __syncthreads();  // the scratch of the sums before has been read
+      block_prefix(before, all, before_warps);
+      const int64_t unit = units_before + before[0], part = parts_before + before[1];
+      units_before += all[0];
+      parts_before += all[1];
       if (i > lengths.num_requests) continue;
       if (line < parts::kNumLines) memory.first_unit(line)[i] = unit;
       memory.first_part(line)[i] = static_cast<int32_t>(min(part, limit));
@@ -90,17 +92,19 @@ extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)
     const int64_t middle = level + (high - level) / 2;
     int64_t room = 0;
     for (int g = thread; g < num_groups; g += kPlanThreads) room += missing(g, middle);
-    if (block_sum(room, scratch) >= short_units) high = middle;
+    if (block_sum(room, of_warps) >= short_units) high = middle;
     else level = middle + 1;
   }
   int64_t room_before = 0;
   for (int first = 0; first <= num_groups; first += kPlanThreads) {
     const int g = first + thread;
-    int64_t total;
-    const int64_t begin = room_before + block_prefix(missing(g, level), scratch, total);
-    room_before += total;
+    int64_t before[2] = {missing(g, level)}, all[2];
+    __syncthreads();  // the scratch of the sums before has been read
+    block_prefix(before, all, before_warps);
     if (g <= num_groups)
-      memory.first_of_group(parts::kShort)[g] = place_of(parts::kShort, g < num_groups ? begin : short_units).parts;
+      memory.first_of_group(parts::kShort)[g] =
+          place_of(parts::kShort, g < num_groups ? room_before + before[0] : short_units).parts;
+    room_before += all[0];
   }
   __syncthreads();  // the groups' parts are known
 

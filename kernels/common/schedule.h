@@ -9,6 +9,8 @@
 // The arithmetic is here, for the host and the device alike; plan.cu runs it on the device, the tests on the host.
 #pragma once
 
+#include <type_traits>
+
 #include "plan_view.h"
 
 namespace mla::schedule {
@@ -24,14 +26,33 @@ constexpr int64_t kMaxLen = (int64_t{1} << 31) - 4096;
 // Cuts fall on the ends of equally long items if that makes the busiest group's range longer by at most one part in this.
 constexpr int kAlignmentShare = 64;
 
-struct Shape {  // of the tile that a variant computes
+struct Shape {  // of the tile that a variant computes: powers of two
   int32_t block_rows, block_n;
   int32_t merges_pairs;  // whether the pipeline merges pairs (PlanWorker); if not, the combine kernel does
 };
 
+// Of a >= 0 and b > 0: signed division takes longer, and so does one that minds zero.
+template <class T>
+MLA_HD T quotient(T a, T b) {
+  using Unsigned = std::make_unsigned_t<T>;
+  if (b == 0) __builtin_unreachable();
+  return static_cast<T>(static_cast<Unsigned>(a) / static_cast<Unsigned>(b));
+}
 template <class T>
 MLA_HD T ceil_div(T a, T b) {
-  return (a + b - 1) / b;
+  return quotient<T>(a + b - 1, b);
+}
+MLA_HD int32_t log2_of(int32_t x) {  // rounded down, x > 0
+#ifdef __CUDA_ARCH__
+  return 31 - __clz(x);
+#else
+  return 31 - __builtin_clz(static_cast<unsigned>(x));
+#endif
+}
+// ceil_div where the divisor is a power of two.
+template <class T>
+MLA_HD T blocks_of(T a, int32_t size) {
+  return (a + (size - 1)) >> log2_of(size);
 }
 template <class T>
 MLA_HD T clamp(T x, T low, T high) {
@@ -45,6 +66,13 @@ struct Request {
   int32_t row_blocks;
 };
 
+MLA_HD int32_t max_len_of(const Lengths& lengths) {
+  return static_cast<int32_t>(lengths.max_len < kMaxLen ? lengths.max_len : kMaxLen);
+}
+MLA_HD int32_t row_blocks_of(const Lengths& lengths, Shape shape, int32_t num_tokens) {
+  return static_cast<int32_t>(blocks_of(int64_t{num_tokens} * lengths.h_q, shape.block_rows));
+}
+
 // Whatever the caller's lengths say, what comes out lies inside the caller's tensors.
 MLA_HD Request request_at(const Lengths& lengths, Shape shape, int32_t i) {
   Request r;
@@ -55,132 +83,193 @@ MLA_HD Request request_at(const Lengths& lengths, Shape shape, int32_t i) {
     r.first_token = 0;  // a uniform query is addressed by its batch stride
     r.num_tokens = lengths.s_q;
   }
-  r.len = static_cast<int32_t>(
-      clamp<int64_t>(lengths.seq_lens[i], 0, lengths.max_len < kMaxLen ? lengths.max_len : kMaxLen));
-  r.row_blocks = static_cast<int32_t>(ceil_div<int64_t>(int64_t{r.num_tokens} * lengths.h_q, shape.block_rows));
+  r.len = clamp(lengths.seq_lens[i], 0, max_len_of(lengths));
+  r.row_blocks = row_blocks_of(lengths, shape, r.num_tokens);
   return r;
 }
 
-MLA_HD int32_t overhead_units(Shape shape) { return ceil_div(kItemOverheadTokens, shape.block_n); }
+MLA_HD int32_t overhead_units(Shape shape) { return blocks_of(kItemOverheadTokens, shape.block_n); }
 
 // Of one item. A request without KV still has one unit of work: writing its zeros.
-MLA_HD int64_t item_units(const Request& r, Shape shape) {
-  const int64_t tiles = ceil_div<int64_t>(r.len, shape.block_n);
-  return overhead_units(shape) + (tiles > 0 ? tiles : 1);
-}
-MLA_HD int32_t bundles(const Request& r, int32_t group_size) { return ceil_div(r.row_blocks, group_size); }
-// Of all items of a request; `item_span` as in PlanHeader.
-MLA_HD int64_t request_units(const Request& r, Shape shape, int32_t group_size, int64_t item_span) {
-  return bundles(r, group_size) * (item_span > 0 ? item_span : item_units(r, shape));
+MLA_HD int32_t item_tiles(int32_t len, Shape shape) { return len > 0 ? blocks_of(len, shape.block_n) : 1; }
+MLA_HD int32_t item_units(const Request& r, Shape shape) { return overhead_units(shape) + item_tiles(r.len, shape); }
+MLA_HD int32_t bundles(int32_t row_blocks, int32_t group_size) {
+  return row_blocks > group_size ? ceil_div(row_blocks, group_size) : row_blocks > 0;
 }
 
-// The group size that leaves the busiest group the least work: `units[g - 1]` is the cost of all items in bundles of g.
-// Larger groups win ties, as they read KV from memory fewer times.
-MLA_HD int32_t best_group_size(const int64_t* units, int32_t max_row_blocks, int32_t num_workers) {
-  const int32_t largest = clamp(max_row_blocks < num_workers ? max_row_blocks : num_workers, 1, kMaxGroupSize);
+// The device plans small batches with units of 32 bits, as it has no 64-bit division, and searches them in shared memory.
+constexpr int kSmallBatch = 4096;
+constexpr int64_t kMostUnitsOfSmall = int64_t{1} << 28;  // sums that occur are less than eight times as many
+inline bool is_small(const Lengths& lengths, Shape shape) {
+  const double items = static_cast<double>(lengths.num_requests) *
+                       row_blocks_of(lengths, shape, lengths.cu_seqlens_q ? lengths.total_q : lengths.s_q);
+  const double units = items * (overhead_units(shape) + item_tiles(max_len_of(lengths), shape));
+  return lengths.num_requests <= kSmallBatch && units <= static_cast<double>(kMostUnitsOfSmall);
+}
+
+// The group size that leaves the busiest group the least work, as `units` in bundles of `group_size` cost. Larger groups win ties, as
+// they read KV from memory fewer times.
+MLA_HD int32_t largest_group_size(int32_t max_row_blocks, int32_t num_workers) {
+  return clamp(max_row_blocks < num_workers ? max_row_blocks : num_workers, 1, kMaxGroupSize);
+}
+template <class Unit>
+MLA_HD Unit busiest_group(Unit units, int32_t group_size, int32_t num_workers) {
+  return ceil_div<Unit>(units, quotient(num_workers, group_size));
+}
+inline int32_t best_group_size(const int64_t (&units)[kMaxGroupSize], int32_t max_row_blocks, int32_t num_workers) {
   int32_t best = 1;
-  int64_t best_cost = ceil_div<int64_t>(units[0], num_workers);
-  for (int32_t g = 2; g <= largest; ++g) {
-    const int64_t cost = ceil_div<int64_t>(units[g - 1], num_workers / g);
-    if (cost <= best_cost) best = g, best_cost = cost;
+  int64_t least = busiest_group(units[0], 1, num_workers);
+  for (int32_t size = 2; size <= largest_group_size(max_row_blocks, num_workers); ++size) {
+    const int64_t cost = busiest_group(units[size - 1], size, num_workers);
+    if (cost <= least) best = size, least = cost;
   }
   return best;
 }
 
 // A group's range is at least this long: below it, combining more splits costs more than they save.
-MLA_HD int64_t least_range(int64_t total_units, Shape shape) {
-  const bool few = total_units * shape.block_n <= kFewTokens;
-  const int64_t tiles = ceil_div(few ? kMinGroupTokens : kMinGroupTokensOfMany, shape.block_n);
-  const int64_t overhead = overhead_units(shape);
+template <class Unit>
+MLA_HD int32_t least_range(Unit total_units, Shape shape) {
+  const bool few = total_units <= kFewTokens >> log2_of(shape.block_n);
+  const int32_t tiles = blocks_of(few ? kMinGroupTokens : kMinGroupTokensOfMany, shape.block_n);
+  const int32_t overhead = overhead_units(shape);
   return tiles > overhead ? tiles : overhead + 1;
 }
 
-// Items that are all shorter than the least range, and no more than groups: nothing is cut, each group has one.
-MLA_HD PlanHeader make_uncut_header(int64_t most_units, int64_t num_items, Shape shape, int32_t group_size) {
-  PlanHeader h{};
-  h.group_size = group_size;
-  h.overhead = overhead_units(shape);
-  h.units_per_group = h.item_span = most_units;
-  h.num_groups = static_cast<int32_t>(num_items);
-  return h;
-}
+// Of a batch.
+template <class Unit>
+struct Items {
+  Unit number, units;
+  int32_t least_units, most_units;  // of one item
+};
 
-// How the line of all items is cut: into equal ranges, or, where all items are equally long (`common_units` > 0) and it makes the
-// ranges hardly longer, so that cuts and items fall together: a group then computes whole items, or one part of an item, and no
-// group pays for two partial results. Parts are equal without the overhead, which every group has once.
-MLA_HD PlanHeader make_header(int64_t total_units, int64_t common_units, Shape shape, int32_t group_size,
-                              int32_t num_workers) {
-  PlanHeader h{};
-  h.group_size = group_size;
-  const int64_t groups = num_workers / group_size;
-  h.overhead = overhead_units(shape);
-  const int64_t least = least_range(total_units, shape);
-  const int64_t even = ceil_div(total_units, groups);
-  h.units_per_group = even > least ? even : least;
-  if (common_units > 0) {
-    const int64_t items = total_units / common_units, tiles = common_units - h.overhead;
-    const int64_t parts = clamp<int64_t>(groups / items, 1, ceil_div(tiles, least));
-    const int64_t part = ceil_div(tiles, parts);  // of one item
-    const int64_t longest = parts > 1 ? part + h.overhead : ceil_div(items, groups) * common_units;
-    if (longest <= h.units_per_group + h.units_per_group / kAlignmentShare + h.overhead) {
-      if (parts > 1) h.overhead = 0;
-      h.units_per_group = parts > 1 ? part : longest;
-      h.item_span = parts > 1 ? ceil_div(tiles, part) * part : common_units;
-      total_units = items * h.item_span;
+// How the line of all items is cut: the fields of PlanHeader.
+template <class Unit>
+struct Cuts {
+  Unit units_per_group, item_span;
+  int32_t num_groups, group_size, overhead;
+};
+
+// Into equal ranges, or, where all items are equally long and it makes the ranges hardly longer, so that cuts and items fall together:
+// a group then computes whole items, or one part of an item, and no group pays for two partial results. Parts are equal without the
+// overhead, which every group has once. Items that are all shorter than the least range, and no more than groups, are not cut: each
+// group has one.
+template <class Unit>
+MLA_HD Cuts<Unit> make_cuts(const Items<Unit>& items, Shape shape, int32_t group_size, int32_t num_workers) {
+  Cuts<Unit> cuts{};
+  cuts.group_size = group_size;
+  cuts.overhead = overhead_units(shape);
+  const Unit groups = quotient(num_workers, group_size);
+  const Unit least = least_range(items.units, shape);
+  if (items.most_units <= least && items.number > 0 && items.number <= groups) {
+    cuts.units_per_group = cuts.item_span = items.most_units;
+    cuts.num_groups = static_cast<int32_t>(items.number);
+    return cuts;
+  }
+  const Unit even = ceil_div(items.units, groups);
+  cuts.units_per_group = even > least ? even : least;
+  if (items.least_units == items.most_units) {
+    const Unit tiles = items.most_units - cuts.overhead;
+    const Unit of_group = ceil_div(items.number, groups);  // whole items
+    const Unit wanted = clamp<Unit>(quotient(groups, items.number), 1, ceil_div(tiles, least));
+    const Unit part = ceil_div(tiles, wanted);
+    const Unit longest = wanted > 1 ? part + cuts.overhead : of_group * items.most_units;
+    if (longest <= cuts.units_per_group + cuts.units_per_group / kAlignmentShare + cuts.overhead) {
+      if (wanted > 1) {
+        const Unit parts = ceil_div(tiles, part);
+        cuts.overhead = 0;
+        cuts.units_per_group = part;
+        cuts.item_span = parts * part;
+        cuts.num_groups = static_cast<int32_t>(items.number * parts);
+      } else {
+        cuts.units_per_group = longest;
+        cuts.item_span = items.most_units;
+        cuts.num_groups = static_cast<int32_t>(ceil_div(items.number, of_group));
+      }
+      return cuts;
     }
   }
-  h.num_groups = static_cast<int32_t>(ceil_div(total_units, h.units_per_group));
-  return h;
+  cuts.num_groups = static_cast<int32_t>(ceil_div(items.units, cuts.units_per_group));
+  return cuts;
+}
+template <class Unit>
+MLA_HD PlanHeader make_header(const Cuts<Unit>& cuts, int64_t splits_at, int32_t num_splits) {
+  PlanHeader header{};
+  header.units_per_group = cuts.units_per_group;
+  header.item_span = cuts.item_span;
+  header.splits_at = splits_at;
+  header.num_groups = cuts.num_groups;
+  header.group_size = cuts.group_size;
+  header.num_splits = num_splits;
+  header.overhead = cuts.overhead;
+  return header;
 }
 
-// The last index i < n with values[i] <= x, where values[0] <= x and values do not fall.
+// For each x the last index i < n with values[i] <= x, where values[0] <= x and values do not fall.
+template <class T, int N>
+MLA_HD void last_not_above(const T* values, int32_t n, const T (&x)[N], int32_t (&found)[N]) {
+  for (int k = 0; k < N; ++k) found[k] = 0;
+  MLA_ROLLED
+  for (int32_t step = n > 1 ? 1 << log2_of(n - 1) : 0; step > 0; step /= 2)
+    for (int k = 0; k < N; ++k)
+      if (found[k] + step < n && values[found[k] + step] <= x[k]) found[k] += step;
+}
 template <class T>
 MLA_HD int32_t last_not_above(const T* values, int32_t n, T x) {
-  int32_t low = 0, high = n - 1;
-  while (low < high) {
-    const int32_t middle = low + (high - low + 1) / 2;
-    if (values[middle] <= x) low = middle;
-    else high = middle - 1;
-  }
-  return low;
+  const T xs[1] = {x};
+  int32_t found[1];
+  last_not_above(values, n, xs, found);
+  return found[0];
 }
 
 // One bundle of one request, and where it lies on the line of all items.
+template <class Unit>
 struct Item {
-  int64_t begin;  // units before it
-  int64_t units;  // its own; behind them, up to the next item, nothing is computed
+  Unit begin;     // units before it
+  int32_t units;  // its own; behind them, up to the next item, nothing is computed
   int32_t request, bundle;
   Request info;
 };
 
-MLA_HD Item make_item(const Lengths& lengths, Shape shape, const PlanHeader& plan, const int64_t* first_unit,
-                      int32_t request, int64_t bundle) {
-  Item item;
+// `first_unit`: where the request begins on the line.
+template <class Unit>
+MLA_HD Item<Unit> make_item(const Request& info, Shape shape, const Cuts<Unit>& cuts, Unit first_unit, int32_t request,
+                            Unit bundle) {
+  Item<Unit> item;
   item.request = request;
   item.bundle = static_cast<int32_t>(bundle);
-  item.info = request_at(lengths, shape, request);
-  item.units = item_units(item.info, shape) - overhead_units(shape) + plan.overhead;
-  item.begin = first_unit[request] + bundle * (plan.item_span > 0 ? plan.item_span : item.units);
+  item.info = info;
+  item.units = item_tiles(info.len, shape) + cuts.overhead;
+  item.begin = first_unit + bundle * (cuts.item_span > 0 ? cuts.item_span : item.units);
   return item;
 }
-MLA_HD Item item_at(const Lengths& lengths, Shape shape, const PlanHeader& plan, const int64_t* first_unit,
-                    int64_t unit) {
-  const int32_t request = last_not_above(first_unit, lengths.num_requests, unit);
-  const int64_t span = plan.item_span > 0 ? plan.item_span : item_units(request_at(lengths, shape, request), shape);
-  return make_item(lengths, shape, plan, first_unit, request, (unit - first_unit[request]) / span);
-}
-MLA_HD Item numbered_item(const Lengths& lengths, Shape shape, const PlanHeader& plan, const int64_t* first_unit,
-                          const int32_t* first_item, int32_t number) {
-  const int32_t request = last_not_above(first_item, lengths.num_requests, number);
-  return make_item(lengths, shape, plan, first_unit, request, number - first_item[request]);
-}
-MLA_HD int64_t item_number(const Item& item, const int32_t* first_item) {
-  return int64_t{first_item[item.request]} + item.bundle;
+// The item of the request that holds a unit.
+template <class Unit>
+MLA_HD Item<Unit> item_at(const Lengths& lengths, Shape shape, const Cuts<Unit>& cuts, Unit first_unit, int32_t request,
+                          Unit unit) {
+  const Request info = request_at(lengths, shape, request);
+  const Unit span = cuts.item_span > 0 ? cuts.item_span : item_units(info, shape);
+  const Unit bundle = info.row_blocks <= cuts.group_size ? 0 : quotient(unit - first_unit, span);
+  return make_item(info, shape, cuts, first_unit, request, bundle);
 }
 
 // The units that carry an item's tokens, without the overhead before them.
-MLA_HD int64_t first_token_unit(const Item& item, const PlanHeader& plan) { return item.begin + plan.overhead; }
-MLA_HD int64_t end_unit(const Item& item) { return item.begin + item.units; }
+template <class Unit>
+MLA_HD Unit first_token_unit(const Item<Unit>& item, const Cuts<Unit>& cuts) {
+  return item.begin + cuts.overhead;
+}
+template <class Unit>
+MLA_HD Unit end_unit(const Item<Unit>& item) {
+  return item.begin + item.units;
+}
+template <class Unit>
+MLA_HD bool begins_in(const Item<Unit>& item, const Cuts<Unit>& cuts, int32_t g) {
+  const Unit from = first_token_unit(item, cuts), begin = g * cuts.units_per_group;
+  return begin <= from && from < begin + cuts.units_per_group;
+}
+template <class Unit>
+MLA_HD bool goes_beyond(const Item<Unit>& item, const Cuts<Unit>& cuts, int32_t g) {
+  return end_unit(item) > (g + 1) * cuts.units_per_group;
+}
 
 // Where partial results go: a group has at most one piece that continues an item and one that begins one.
 MLA_HD int32_t partial_slot(int32_t group, int32_t group_size, bool begins_item) {
@@ -188,49 +277,48 @@ MLA_HD int32_t partial_slot(int32_t group, int32_t group_size, bool begins_item)
 }
 
 // What group `g` computes of an item; no tiles if only its overhead falls to the group.
-MLA_HD Piece make_piece(const Item& item, Shape shape, const PlanHeader& plan, int32_t g) {
-  const int64_t from = first_token_unit(item, plan), to = end_unit(item);
-  const int64_t low = clamp<int64_t>(g * plan.units_per_group, from, to);
-  const int64_t high = clamp<int64_t>((g + 1) * plan.units_per_group, from, to);
+template <class Unit>
+MLA_HD Piece make_piece(const Item<Unit>& item, Shape shape, const Cuts<Unit>& cuts, int32_t g) {
+  const Unit from = first_token_unit(item, cuts), to = end_unit(item);
+  const Unit low = clamp<Unit>(g * cuts.units_per_group, from, to);
+  const Unit high = clamp<Unit>((g + 1) * cuts.units_per_group, from, to);
   Piece piece;
   piece.request = item.request;
   piece.first_token = item.info.first_token;
   piece.num_tokens = item.info.num_tokens;
   piece.len = item.info.len;
-  piece.first_row = item.bundle * plan.group_size * shape.block_rows;
+  piece.first_row = item.bundle * cuts.group_size * shape.block_rows;
   piece.first_tile = static_cast<int32_t>(low - from);
   piece.end_tile = static_cast<int32_t>(high - from);
-  piece.partial_slot = low == from && high == to ? -1 : partial_slot(g, plan.group_size, low == from);
+  piece.partial_slot = low == from && high == to ? -1 : partial_slot(g, cuts.group_size, low == from);
   return piece;
 }
 
 // PlanWorker::pairs of the workers of group `g`, whose first and last units are those of these items.
-MLA_HD int32_t pairs_of(const Item& first, const Item& last, Shape shape, const PlanHeader& plan, int32_t g) {
+template <class Unit>
+MLA_HD int32_t pairs_of(const Item<Unit>& first, const Item<Unit>& last, Shape shape, const Cuts<Unit>& cuts,
+                        int32_t g) {
+  auto pair_from = [&](const Item<Unit>& item, int32_t group) {
+    return begins_in(item, cuts, group) && goes_beyond(item, cuts, group) && !goes_beyond(item, cuts, group + 1);
+  };
   if (!shape.merges_pairs) return 0;
-  auto first_group = [&](const Item& item) { return first_token_unit(item, plan) / plan.units_per_group; };
-  auto last_group = [&](const Item& item) { return (end_unit(item) - 1) / plan.units_per_group; };
-  int32_t pairs = 0;
-  if (first_group(first) == g - 1 && last_group(first) == g) pairs |= kMergesFirst;
-  if (first_group(last) == g && last_group(last) == g + 1) pairs |= kLeavesLast;
-  return pairs;
+  return (pair_from(first, g - 1) ? kMergesFirst : 0) | (pair_from(last, g) ? kLeavesLast : 0);
 }
 
-// The item whose tokens begin in group `g` and go on past its end, for the combine kernel; false where there is none. `item` holds
-// the unit at which the next group begins: no other item can.
-MLA_HD bool make_split(const Item& item, Shape shape, const PlanHeader& plan, int32_t g, SplitItem& split) {
-  const int64_t begin = g * plan.units_per_group, end = begin + plan.units_per_group;
-  const int64_t from = first_token_unit(item, plan);
-  if (from < begin || from >= end || end_unit(item) <= end) return false;
-  const int32_t last_group = static_cast<int32_t>((end_unit(item) - 1) / plan.units_per_group);
-  if (shape.merges_pairs && last_group == g + 1) return false;
-  split = {item.request,
-           item.info.first_token,
-           item.info.num_tokens,
-           item.bundle * plan.group_size * shape.block_rows,
+// The last item of group `g`, for the combine kernel, if its tokens begin in the group and go on past its end; false otherwise.
+template <class Unit>
+MLA_HD bool make_split(const Item<Unit>& last, Shape shape, const Cuts<Unit>& cuts, int32_t g, SplitItem& split) {
+  if (!begins_in(last, cuts, g) || !goes_beyond(last, cuts, g)) return false;
+  if (shape.merges_pairs && !goes_beyond(last, cuts, g + 1)) return false;
+  const int32_t last_group = static_cast<int32_t>(quotient<Unit>(end_unit(last) - 1, cuts.units_per_group));
+  split = {last.request,
+           last.info.first_token,
+           last.info.num_tokens,
+           last.bundle * cuts.group_size * shape.block_rows,
            last_group - g + 1,
-           partial_slot(g, plan.group_size, true),
-           partial_slot(g + 1, plan.group_size, false),
-           2 * plan.group_size};
+           partial_slot(g, cuts.group_size, true),
+           partial_slot(g + 1, cuts.group_size, false),
+           2 * cuts.group_size};
   return true;
 }
 
@@ -238,8 +326,8 @@ MLA_HD bool make_split(const Item& item, Shape shape, const PlanHeader& plan, in
 // from the item, the others from the groups that begin inside it. Where a group begins with an item, one number is unused.
 MLA_HD int64_t max_items(const Lengths& lengths, Shape shape) {
   return lengths.cu_seqlens_q
-             ? ceil_div<int64_t>(int64_t{lengths.total_q} * lengths.h_q, shape.block_rows) + lengths.num_requests
-             : int64_t{lengths.num_requests} * ceil_div<int64_t>(int64_t{lengths.s_q} * lengths.h_q, shape.block_rows);
+             ? blocks_of(int64_t{lengths.total_q} * lengths.h_q, shape.block_rows) + lengths.num_requests
+             : int64_t{lengths.num_requests} * blocks_of(int64_t{lengths.s_q} * lengths.h_q, shape.block_rows);
 }
 MLA_HD int64_t max_pieces(const Lengths& lengths, Shape shape, int32_t num_workers) {
   return max_items(lengths, shape) + num_workers;
