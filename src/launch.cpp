@@ -12,16 +12,21 @@
 namespace mla {
 namespace {
 
+// Programmatic dependent launch: a kernel may start while the one before still runs.
+bool overlaps_launches(int device) { return compute_capability(device) >= 90; }
+
+// An entry point of the two images that differ in whether they have the instructions for it.
+const Kernel& common_kernel(const char* name, const std::string& entry, int device) {
+  return get_kernel(std::string(name) + (overlaps_launches(device) ? "_sm90" : "_sm80"), entry, device, Occupancy::any);
+}
 const Kernel& plan_kernel(bool small, bool ragged, int device) {
-  return get_kernel("plan", kPlanEntries[small][ragged], device, Occupancy::any);
+  return common_kernel("plan", kPlanEntries[small][ragged], device);
 }
-const Kernel& plan_parts_kernel(int device) {
-  return get_kernel("plan_parts", kPlanPartsEntry, device, Occupancy::any);
-}
+const Kernel& plan_parts_kernel(int device) { return common_kernel("plan_parts", kPlanPartsEntry, device); }
 
 struct DecodeKernels {
   const Kernel *decode, *combine;
-  Start combine_start;
+  Start decode_start, combine_start;  // the former behind the planner
 };
 
 // Looked up by their names once for a device, as each call needs them.
@@ -31,14 +36,13 @@ const DecodeKernels& decode_kernels(const Variant& variant, Dtype dtype, int dev
   const std::lock_guard<std::mutex> lock(mutex);
   const std::tuple key(device, &variant, dtype);
   if (const auto found = all.find(key); found != all.end()) return found->second;
-  // Programmatic dependent launch: a kernel may start while the one before still runs, and waits for its results by itself.
-  const bool overlaps = compute_capability(device) >= 90;
+  const bool overlaps = overlaps_launches(device);
+  const auto start = [](bool beside) { return beside ? Start::beside_kernel_before : Start::after_kernel_before; };
   return all
       .emplace(key, DecodeKernels{&get_kernel(variant.name, decode_entry(variant, dtype), device,
                                               Occupancy::one_block_per_sm, variant.smem_bytes),
-                                  &get_kernel(overlaps ? "combine_sm90" : "combine_sm80", combine_entry(variant, dtype),
-                                              device, Occupancy::any),
-                                  overlaps ? Start::beside_kernel_before : Start::after_kernel_before})
+                                  &common_kernel("combine", combine_entry(variant, dtype), device),
+                                  start(overlaps && waits_for_plan(variant)), start(overlaps)})
       .first->second;
 }
 
@@ -49,11 +53,13 @@ void launch_plan(const Variant& variant, const DecodeParams& params, int device,
   const schedule::Shape shape = shape_of(variant);
   const bool small = schedule::is_small(params.lengths, shape), ragged = params.lengths.cu_seqlens_q != nullptr;
   const Kernel& kernel = params.batch_invariant ? plan_parts_kernel(device) : plan_kernel(small, ragged, device);
+  // After all that came before, on which a decode kernel that starts beside this one relies.
   launch_kernel(kernel, 1, kPlanThreads, stream, Start::after_kernel_before, params.lengths, shape, params.num_workers,
                 const_cast<PlanHeader*>(params.plan));
 }
 
-void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& given, int device, uintptr_t stream) {
+void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& given, bool behind_planner, int device,
+                   uintptr_t stream) {
   if (given.page_size < 1 || given.lengths.h_q < 1) throw std::invalid_argument("page_size and h_q must be positive");
   const ContextGuard guard(device);
   DecodeParams params = given;
@@ -62,8 +68,8 @@ void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& give
   if (fetches_boxes(variant)) add_tensor_maps(variant, dtype, params);
   const unsigned workers = static_cast<unsigned>(params.num_workers);
   const DecodeKernels& kernels = decode_kernels(variant, dtype, device);
-  launch_kernel(*kernels.decode, workers, 32 * static_cast<unsigned>(variant.warps), stream, Start::after_kernel_before,
-                params);
+  launch_kernel(*kernels.decode, workers, 32 * static_cast<unsigned>(variant.warps), stream,
+                behind_planner ? kernels.decode_start : Start::after_kernel_before, params);
   launch_kernel(*kernels.combine, kCombineCtasPerWorker * workers, kCombineThreads, stream, kernels.combine_start,
                 params, shape_of(variant));
 }

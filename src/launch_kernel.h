@@ -8,7 +8,7 @@
 
 namespace mla {
 
-// Beside it: by programmatic dependent launch. The kernel waits for the results of the one before by itself.
+// Beside it: by programmatic dependent launch. The kernel waits for the one before by itself.
 enum class Start { after_kernel_before, beside_kernel_before };
 
 // The arguments are the kernel's parameters, in order. The device's context is current.

@@ -92,7 +92,7 @@ nb::object queue(const Prepared& prepared, const Call& call) {
     set(p.plan, scratch.data);
     queue_plan(*prepared.variant, p, prepared.device, stream);
   }
-  queue_decode(*prepared.variant, prepared.dtype, p, prepared.device, stream);
+  queue_decode(*prepared.variant, prepared.dtype, p, !call.plan, prepared.device, stream);
   return call.return_lse ? nb::make_tuple(out, lse) : out;
 }
 

@@ -30,6 +30,9 @@ struct Variant {
 // Its kernels fetch boxes of the cache by tensor maps, as all do that no GPU before 9.0 runs.
 constexpr bool fetches_boxes(const Variant& variant) { return variant.min_sm >= 90; }
 
+// Its kernels may start beside the planner, as they wait for it by themselves before they read the plan.
+constexpr bool waits_for_plan(const Variant& variant) { return variant.min_sm >= 90; }
+
 // Its workers merge pairs (PlanWorker); what others split, the combine kernel merges.
 constexpr bool merges_pairs(const Variant& variant) {
   return variant.pipeline == "sm90_3wg" || variant.pipeline == "sm90_swap";

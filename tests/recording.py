@@ -24,6 +24,7 @@ class Launch:
     dtype: str
     stream: int
     params: dict[str, Any]  # as they were
+    behind_planner: bool = False
 
 
 def set_device(patch: pytest.MonkeyPatch, device: Device) -> None:
@@ -49,9 +50,14 @@ def recorded(captured: list[int]) -> Iterator[list[Launch]]:
         seen.append(Launch("plan", variant, "", stream, snapshot(params)))
 
     def launch_decode(
-        variant: str, dtype: str, params: _mla.DecodeParams, device: int, stream: int
+        variant: str,
+        dtype: str,
+        params: _mla.DecodeParams,
+        behind_planner: bool,
+        device: int,
+        stream: int,
     ) -> None:
-        seen.append(Launch("decode", variant, dtype, stream, snapshot(params)))
+        seen.append(Launch("decode", variant, dtype, stream, snapshot(params), behind_planner))
 
     _mla.forget()
     _mla.redirect(launch_plan, launch_decode, lambda device, stream: stream in captured)

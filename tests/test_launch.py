@@ -47,7 +47,7 @@ def test_decode_is_the_kernel_and_its_combine(
     run: Any, variant: dict[str, Any], dtype: str
 ) -> None:
     name = variant["name"]
-    done = run(f"{FILL}\n_mla.launch_decode({name!r}, {dtype!r}, p, 1, 0xabc)")
+    done = run(f"{FILL}\n_mla.launch_decode({name!r}, {dtype!r}, p, False, 1, 0xabc)")
     decode, combine = done.named("launch")
     short = {"bfloat16": "bf16", "float16": "fp16"}[dtype]
     assert decode["kernel"] == f"mla_{name}_{short}"
@@ -65,9 +65,23 @@ def test_decode_is_the_kernel_and_its_combine(
     assert (decode["beside"], combine["beside"]) == (False, True)
 
 
-def test_before_sm_90_no_kernel_starts_beside_another(run: Any) -> None:
-    done = run(f"{FILL}\n_mla.launch_decode({NAMES[0]!r}, 'bfloat16', p, 0, 0)", FAKE_CUDA_SM="80")
-    assert [call["beside"] for call in done.named("launch")] == [False, False]
+@pytest.mark.parametrize("sm", [80, 90, 120])
+def test_kernels_that_wait_start_beside_the_one_before(run: Any, sm: int) -> None:
+    """The planner after all that was queued before it, so that who waits for it waits for that."""
+    script = f"""{FILL}
+for name in {NAMES!r}:
+    for p.batch_invariant in (0, 1):
+        _mla.launch_plan(name, p, 0, 0)
+        _mla.launch_decode(name, 'bfloat16', p, True, 0, 0)
+"""
+    launches = run(script, FAKE_CUDA_SM=str(sm)).named("launch")
+    assert len(launches) == 2 * 3 * len(NAMES)
+    for plan, decode, combine in zip(launches[::3], launches[1::3], launches[2::3], strict=True):
+        assert plan["kernel"].startswith("mla_plan")
+        assert not plan["beside"]
+        waits = "_sm90_" in decode["kernel"]  # the others hold no instruction to do so
+        assert decode["beside"] == (waits and sm >= 90), decode["kernel"]
+        assert combine["beside"] == (sm >= 90)
 
 
 def test_decode_divides_by_multiplication(run: Any) -> None:
@@ -75,10 +89,10 @@ def test_decode_divides_by_multiplication(run: Any) -> None:
     script = f"""{FILL}
 for divisor in {divisors}:
     p.h_q = p.page_size = divisor
-    _mla.launch_decode({NAMES[0]!r}, 'float16', p, 0, 0)
+    _mla.launch_decode({NAMES[0]!r}, 'float16', p, False, 0, 0)
 p.page_size = 0
 try:
-    _mla.launch_decode({NAMES[0]!r}, 'float16', p, 0, 0)
+    _mla.launch_decode({NAMES[0]!r}, 'float16', p, False, 0, 0)
 except ValueError as error:
     print(error)
 """
@@ -144,7 +158,7 @@ def test_one_block_fits_on_an_sm(run: Any, per_sm: int, per_block: int) -> None:
     for variant in GPU_VARIANTS:
         if variant["smem_bytes"] > per_block:
             continue
-        script = f"{FILL}\n_mla.launch_decode({variant['name']!r}, 'float16', p, 0, 0)"
+        script = f"{FILL}\n_mla.launch_decode({variant['name']!r}, 'float16', p, False, 0, 0)"
         done = run(script, FAKE_CUDA_SMEM=f"{per_sm},{per_block}")
         smem = done.named("launch")[0]["smem"]
         assert variant["smem_bytes"] <= smem <= per_block
@@ -156,7 +170,7 @@ def test_a_variant_that_does_not_fit_is_an_error(run: Any) -> None:
     per_block = largest["smem_bytes"] - 1
     script = f"""{FILL}
 try:
-    _mla.launch_decode({largest["name"]!r}, 'float16', p, 0, 0)
+    _mla.launch_decode({largest["name"]!r}, 'float16', p, False, 0, 0)
 except _mla.CudaError as error:
     print(error.api)
 """
@@ -173,7 +187,7 @@ def work():
         _mla.launch_plan({NAMES[0]!r}, p, 0, 0)
         for dtype in ("bfloat16", "float16"):
             for device in (0, 1):
-                _mla.launch_decode({NAMES[0]!r}, dtype, p, device, 0)
+                _mla.launch_decode({NAMES[0]!r}, dtype, p, False, device, 0)
 threads = [threading.Thread(target=work) for _ in range(4)]
 for thread in threads: thread.start()
 for thread in threads: thread.join()
@@ -191,9 +205,9 @@ for thread in threads: thread.join()
 
 def test_the_current_context_is_left_as_it_was(run: Any) -> None:
     script = f"""{FILL}
-_mla.launch_decode({NAMES[0]!r}, 'float16', p, 1, 0)
+_mla.launch_decode({NAMES[0]!r}, 'float16', p, False, 1, 0)
 try:
-    _mla.launch_decode({NAMES[0]!r}, 'float16', p, 2, 0)
+    _mla.launch_decode({NAMES[0]!r}, 'float16', p, False, 2, 0)
 except _mla.CudaError as error:
     print(error.api)
 """
@@ -215,7 +229,7 @@ def call(name, argument):
 context = ctypes.c_void_p()
 call(b"cuDevicePrimaryCtxRetain", ctypes.byref(context))
 call(b"cuCtxPushCurrent", context)
-_mla.launch_decode({NAMES[0]!r}, 'float16', p, 1, 0)
+_mla.launch_decode({NAMES[0]!r}, 'float16', p, False, 1, 0)
 """
     done = run(script)
     assert len(done.named("launch")) == 2
@@ -239,7 +253,7 @@ def test_preload_brings_in_all_that_a_call_launches(run: Any, variant: dict[str,
 def test_a_failed_launch_says_what_failed(run: Any) -> None:
     script = f"""{FILL}
 try:
-    _mla.launch_decode({NAMES[0]!r}, 'float16', p, 0, 0)
+    _mla.launch_decode({NAMES[0]!r}, 'float16', p, False, 0, 0)
 except RuntimeError as error:
     print(type(error).__name__, error, error.api, error.code, error.text, sep="|")
 """
@@ -290,9 +304,9 @@ def test_unknown_names_are_errors() -> None:
     params = _mla.DecodeParams()
     for variant in ("cpu", "sm80", ""):
         with pytest.raises(IndexError, match="no GPU variant has the name"):
-            _mla.launch_decode(variant, "float16", params, 0, 0)
+            _mla.launch_decode(variant, "float16", params, False, 0, 0)
     with pytest.raises(IndexError, match="no kernel computes in float32"):
-        _mla.launch_decode(NAMES[0], "float32", params, 0, 0)
+        _mla.launch_decode(NAMES[0], "float32", params, False, 0, 0)
     with pytest.raises(IndexError, match="no image has the name"):
         _mla.image("sm80")
 

@@ -60,6 +60,20 @@ for i, call in enumerate([*calls, *calls]):
         assert p.rope_map.words[0] == maps[call["kv_cache"] + 1024, 64]
 
 
+def test_decode_starts_beside_its_planner_and_after_anything_else(run: Any) -> None:
+    script = f"""{CALLS}
+plan = mla.plan(calls[0]["seq_lens"], s_q=2, h_q=8, d_qk=576, dtype=torch.bfloat16, page_size=16)
+for _ in range(2):
+    mla.decode(**calls[0], scale=1.0)
+    mla.decode(**calls[0], scale=1.0, plan=plan)
+"""
+    launches = run(script, prologue=AS_H200).named("launch")
+    kinds = [(launch["kernel"].split("_")[1], launch["beside"]) for launch in launches]
+    planned = [("sm90", False), ("combine", True)]
+    unplanned = [("plan", False), ("sm90", True), ("combine", True)]
+    assert kinds == [("plan", False), *2 * (unplanned + planned)]
+
+
 def test_a_captured_call_has_a_workspace_of_its_own(run: Any) -> None:
     script = f"""{CALLS}
 import os

@@ -19,11 +19,10 @@ import pytest
 from mla import _mla
 
 GPU_VARIANTS = [v for v in _mla.variants() if v["pipeline"] != "cpu"]
+COMMON = ("plan", "plan_parts", "combine")
+SINCE = {"sm80": "before_sm90", "sm90": "from_sm90"}  # images of common kernels, and their targets
 IMAGES = [
-    "plan",
-    "plan_parts",
-    "combine_sm80",
-    "combine_sm90",
+    *(f"{kernel}_{since}" for kernel in COMMON for since in SINCE),
     "append",
     "merge",
     *(v["name"] for v in GPU_VARIANTS),
@@ -131,9 +130,9 @@ def code(image: str) -> dict[tuple[str, str], str]:
 
 
 def entry_points(image: str) -> set[str]:
-    if image == "plan_parts":
+    if image.startswith("plan_parts"):
         return {"mla_plan_parts"}
-    if image == "plan":
+    if image.startswith("plan"):
         return {f"mla_plan_{size}{q}" for size in ("small", "large") for q in ("", "_ragged")}
     if image.startswith("combine"):
         return {f"mla_combine_{t}_v{d_v}" for t in ("bf16", "fp16") for d_v in (512, 256)}
@@ -146,10 +145,10 @@ def entry_points(image: str) -> set[str]:
 
 
 def targets(image: str) -> str:
-    own = {"combine_sm80": "before_sm90", "combine_sm90": "from_sm90"}
-    return next(
-        (str(v["targets"]) for v in GPU_VARIANTS if v["name"] == image), own.get(image, "any")
-    )
+    for variant in GPU_VARIANTS:
+        if variant["name"] == image:
+            return str(variant["targets"])
+    return SINCE.get(image.rsplit("_")[-1], "any")
 
 
 @each_image
@@ -195,9 +194,10 @@ def test_registers_leave_room_for_a_block(image: str) -> None:
 def test_parameters_are_what_the_host_passes(image: str) -> None:
     params, lengths, shape, pointer = _mla.PARAMS_BYTES, 40, 12, 8
     planner, combine = [lengths, shape, 4, pointer], [params, shape]
-    wanted = {"plan": planner, "plan_parts": planner}
-    wanted |= {"combine_sm80": combine, "combine_sm90": combine}
-    wanted |= {"append": [216], "merge": [240]}
+    wanted = {"append": [216], "merge": [240]}
+    for since in SINCE:
+        wanted |= {f"plan_{since}": planner, f"plan_parts_{since}": planner}
+        wanted |= {f"combine_{since}": combine}
     for kind, arch, _, text in parts(image, "-elf"):
         if kind != "elf":
             continue
@@ -289,6 +289,29 @@ def test_sm90_uses_the_units_it_is_written_for(variant: dict[str, Any]) -> None:
             assert op.endswith(".128"), (arch, name)
         assert [op for op in counts if op.startswith("STSM")], "P goes to shared memory by stmatrix"
         assert [op for op in counts if op.startswith("SYNCS.PHASECHK")], "mbarriers are waited for"
+
+
+@pytest.mark.parametrize("image", ["plan_sm90", "plan_parts_sm90", "combine_sm90"])
+def test_common_kernels_take_part_in_dependent_launches(image: str) -> None:
+    """The planner lets the next kernel start at once; the combine kernel waits."""
+    for where, text in code(image).items():
+        if image.startswith("plan"):
+            assert text.index("PREEXIT") < text.index("LDG"), where
+            assert "ACQBULK" not in text, where
+        else:
+            assert "ACQBULK" in text, where
+
+
+@each_variant("sm90_")
+def test_sm90_waits_for_the_planner(variant: dict[str, Any]) -> None:
+    """Ahead of its loads, but for those of partial results, which are strong. The combine kernel
+    may start, and read the plan, once all CTAs have waited."""
+    for where, text in code(variant["name"]).items():
+        loads = re.compile(r"\bLDG\.(?!\S*STRONG)|\bLDGSTS|\bUTMALDG|\bUBLKCP")
+        first = loads.search(text)
+        assert first, where
+        assert 0 < text.index("ACQBULK") < first.start(), where
+        assert "BAR.SYNC" in text[: text.index("PREEXIT")], where
 
 
 @each_variant("sm90_")

@@ -58,7 +58,7 @@ for cache in {caches!r}:
     p.h_q, p.num_workers = 16, 7
     for name, value in cache.items():
         setattr(p, name, value)
-    _mla.launch_decode({row["name"]!r}, {dtype!r}, p, 0, 0)
+    _mla.launch_decode({row["name"]!r}, {dtype!r}, p, False, 0, 0)
 """
 
 

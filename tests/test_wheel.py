@@ -98,8 +98,10 @@ def test_extension_is_small_and_knows_no_path_of_its_build() -> None:
 def test_images_are_those_of_the_table() -> None:
     rows = [row["name"] for row in _mla.variants() if row["pipeline"] != "cpu"]
     assert list(_mla.images()) == [
-        "plan",
-        "plan_parts",
+        "plan_sm80",
+        "plan_sm90",
+        "plan_parts_sm80",
+        "plan_parts_sm90",
         "combine_sm80",
         "combine_sm90",
         "append",

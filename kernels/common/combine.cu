@@ -4,6 +4,7 @@
 // few tasks all parts are in flight at once, with many no warp waits for another. Parts are added four at a time, and these sums one
 // after the other, however many warps share them: the bits depend on the parts alone.
 
+#include "dependent.cuh"
 #include "dtype.cuh"
 #include "math.cuh"
 #include "partials.cuh"
@@ -15,13 +16,6 @@ constexpr int kCombineWarps = kCombineThreads / 32;
 constexpr int kWarpTiles = 2;   // of 8 columns, that a warp merges
 constexpr int kChunkParts = 4;  // that are asked for at once, and added before anything else is
 constexpr int kLanesPerRow = kCombineThreads / kFragmentRows;
-
-// What the kernel before in the stream wrote may be read from here on. It may still run when this one starts.
-__device__ __forceinline__ void wait_for_kernel_before() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 __device__ __forceinline__ void add(float4& sum, float weight_upper, float weight_lower, const float4& x) {
   sum.x += weight_upper * x.x, sum.y += weight_upper * x.y;

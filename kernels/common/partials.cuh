@@ -48,13 +48,6 @@ __device__ __forceinline__ void store_fragments(const DecodeParams& p, int reque
   }
 }
 
-// The kernel behind this one in the stream, if it was launched to, may start; it waits for this one's results by itself.
-__device__ __forceinline__ void let_next_kernel_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
 // ---- pairs (PlanWorker): the later group merges what the one before it left ----
 //
 // It waits for a group with lower numbers of CTAs than its own, which were dispatched before and wait for none with higher ones.

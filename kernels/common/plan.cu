@@ -6,6 +6,7 @@
 // and an entry point for each case of `is_small` and of uniform or ragged queries, without what that case does not need.
 
 #include "cta_sums.cuh"
+#include "dependent.cuh"
 
 namespace mla {
 
@@ -41,6 +42,7 @@ __device__ __forceinline__ void make_plan(const Lengths& given, schedule::Shape 
   __shared__ Unit units_of_warps[kPlanWarps][1], line_of_warps[kPlanWarps][2];
   __shared__ Unit units_of_group_size[schedule::kMaxGroupSize];
   __shared__ int32_t num_splits;
+  let_next_kernel_start();
   Lengths lengths = given;
   if (!Ragged) lengths.cu_seqlens_q = nullptr;
   const int thread = threadIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;

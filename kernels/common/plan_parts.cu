@@ -1,6 +1,7 @@
 // Writes a batch-invariant schedule (parts.h) for the lengths as they are in memory; otherwise as plan.cu.
 
 #include "cta_sums.cuh"
+#include "dependent.cuh"
 #include "parts.h"
 
 extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)
@@ -10,6 +11,7 @@ extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)
   __shared__ int64_t of_warps[kPlanWarps], before_warps[kPlanWarps][2];
   __shared__ int64_t units_of_group_size[schedule::kMaxGroupSize];
   __shared__ int32_t max_row_blocks, num_requests, num_splits;
+  let_next_kernel_start();
   const int thread = threadIdx.x;
   const schedule::PlanView plan = schedule::view(out, num_workers);
   const parts::Memory memory = parts::memory_of(plan, lengths, shape, num_workers);

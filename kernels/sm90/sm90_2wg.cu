@@ -16,6 +16,7 @@
 
 #include <cstddef>
 
+#include "../common/dependent.cuh"
 #include "../common/entry.cuh"
 #include "rows.cuh"
 
@@ -78,6 +79,17 @@ __device__ __forceinline__ void decode_pieces(const DecodeParams& p) {
   const int row = warp * 16 + lane / 4, pair = lane % 4 * 2;  // accumulators: rows row, row + 8, columns pair, pair + 1
   const int first_chunk = group * L::half_chunks;             // of the half of the columns that is this warpgroup's
 
+  // ---- what needs no plan: barriers ----
+
+  constexpr bool by_boxes = ByBoxes;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < C::stages * L::k_chunks; ++i)
+      mbarrier_init(landed_at(0, 0) + i * kMbarrierBytes, by_boxes ? 1 : 2);  // two warps copy half of the rows each
+    fence_mbarrier_init();
+  }
+  if (threadIdx.x == 32 && by_boxes) prefetch_tensor_maps<C>(p);
+  wait_for_kernel_before();  // which may have been the planner
+
   const schedule::PlanView plan = schedule::view(p.plan, p.num_workers);
   const PlanWorker worker = plan.workers[blockIdx.x];
   auto next_piece_at = [&](int index) { return next_piece(p, plan.pieces, worker, index, 1, C::block_rows); };
@@ -88,7 +100,6 @@ __device__ __forceinline__ void decode_pieces(const DecodeParams& p) {
 
   // ---- loading: tiles in turn, a tile per release; every thread knows where this warpgroup's loads stand ----
 
-  constexpr bool by_boxes = ByBoxes;
   struct {
     int index, tile, end_tile;  // to be loaded next
     int request, len;
@@ -163,14 +174,8 @@ __device__ __forceinline__ void decode_pieces(const DecodeParams& p) {
     load_tile(t + C::stages);
   };
 
-  // ---- prologue: barriers, the first tiles, Q ----
+  // ---- the first tiles, Q ----
 
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < C::stages * L::k_chunks; ++i)
-      mbarrier_init(landed_at(0, 0) + i * kMbarrierBytes, by_boxes ? 1 : 2);  // two warps copy half of the rows each
-    fence_mbarrier_init();
-  }
-  if (threadIdx.x == 32 && by_boxes) prefetch_tensor_maps<C>(p);
   begin_load_piece(index);
   __syncthreads();  // the mbarriers are there
   let_next_kernel_start();

@@ -15,6 +15,7 @@
 
 #include <cstddef>
 
+#include "../common/dependent.cuh"
 #include "../common/entry.cuh"
 #include "walk.cuh"
 
@@ -91,6 +92,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
   if (warpgroup == kConsumers) {
     // What the first box needs is looked up at once: a CTA with little to do spends most of its time on these, one behind the other.
     if (warp == 0 && has_boxes(p) && elect_lane()) prefetch_tensor_maps<C>(p);
+    wait_for_kernel_before();  // which may have been the planner; all other threads meet this one below
     PieceWalk<C> walk(p);
     Slot slot{};
     if (warp < kCopyWarps) slot = has_boxes(p) ? walk.box_slot_at(0) : walk.row_slot_at(0, warp * 32 + lane);
