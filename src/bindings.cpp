@@ -15,6 +15,7 @@
 #include "launch.h"
 #include "merge.h"
 #include "registry.h"
+#include "stream.h"
 #include "workspace.h"
 
 namespace nb = nanobind;
@@ -211,6 +212,8 @@ NB_MODULE(_mla, m) {
         "stream"_a,
         "Writes rows of new tokens into a paged cache. What stands where: AppendAddresses, AppendStrides and "
         "AppendSizes of src/append.h.");
+  m.def("launch_stream", &launch_stream, "address"_a, "bytes"_a, "sum"_a, "ctas"_a, "device"_a, "stream"_a,
+        "Reads memory once, as benchmarks' floor, and adds its 32-bit words by exclusive or to the one at `sum`.");
   m.def("launch_merge", &launch_merge, "dtype"_a, "addresses"_a, "strides"_a, "sizes"_a, "d"_a, "device"_a, "stream"_a,
         "Merges two attention states: o_a, o_b, out, then lse_a, lse_b, lse. Rows of `d` columns in three dimensions.");
 }

@@ -15,9 +15,10 @@
 
 namespace mla::schedule {
 
-// Starting and finishing an item (Q, first KV latency, output) costs about as much as this many KV tokens.
-constexpr int kItemOverheadTokens = 64;
-constexpr int kMinGroupTokens = 128;  // of least_range()
+// Starting and finishing an item (Q, first KV latency, output) costs about as much as this many KV tokens. On an H200 27 ragged batches
+// take 1.5 % less than with 64, in the mean (75.0 -> 70.6 us at 16 requests of 8,192 tokens and 128 heads), and 0.7 % less than with 192.
+constexpr int kItemOverheadTokens = 128;
+constexpr int kMinGroupTokens = 128;  // of least_tiles()
 // With more tokens than few, combining is dearer: 27.5 us instead of 23.8 for one request of 16,384 tokens in ranges of 128.
 constexpr int kFewTokens = 6144, kMinGroupTokensOfMany = 192;
 constexpr int kMaxGroupSize = 8;
@@ -126,12 +127,16 @@ inline int32_t best_group_size(const int64_t (&units)[kMaxGroupSize], int32_t ma
   return best;
 }
 
-// A group's range is at least this long: below it, combining more splits costs more than they save.
+// A group has at least so many tiles: below it, combining more splits costs more than they save.
+template <class Unit>
+MLA_HD int32_t least_tiles(Unit total_units, Shape shape) {
+  const bool few = total_units <= kFewTokens >> log2_of(shape.block_n);
+  return blocks_of(few ? kMinGroupTokens : kMinGroupTokensOfMany, shape.block_n);
+}
+// Its range, which may hold an item's overhead, is at least this long: no range is overhead alone.
 template <class Unit>
 MLA_HD int32_t least_range(Unit total_units, Shape shape) {
-  const bool few = total_units <= kFewTokens >> log2_of(shape.block_n);
-  const int32_t tiles = blocks_of(few ? kMinGroupTokens : kMinGroupTokensOfMany, shape.block_n);
-  const int32_t overhead = overhead_units(shape);
+  const int32_t tiles = least_tiles(total_units, shape), overhead = overhead_units(shape);
   return tiles > overhead ? tiles : overhead + 1;
 }
 
@@ -170,7 +175,8 @@ MLA_HD Cuts<Unit> make_cuts(const Items<Unit>& items, Shape shape, int32_t group
   if (items.least_units == items.most_units) {
     const Unit tiles = items.most_units - cuts.overhead;
     const Unit of_group = ceil_div(items.number, groups);  // whole items
-    const Unit wanted = clamp<Unit>(quotient(groups, items.number), 1, ceil_div(tiles, least));
+    const Unit wanted =
+        clamp<Unit>(quotient(groups, items.number), 1, ceil_div<Unit>(tiles, least_tiles(items.units, shape)));
     const Unit part = ceil_div(tiles, wanted);
     const Unit longest = wanted > 1 ? part + cuts.overhead : of_group * items.most_units;
     if (longest <= cuts.units_per_group + cuts.units_per_group / kAlignmentShare + cuts.overhead) {
