@@ -1,47 +1,75 @@
 """Un-absorbed attention over a paged latent cache, in chunks under a cap of memory.
 
 Keys and values of every head are made of a chunk's latents, attended to and dropped; results of
-chunks are merged by their log-sum-exps (`merge_states`).
+chunks are merged by their log-sum-exps (`merge_states`). A token's row of a head is (rope, nope,
+v), key and value side by side: one product by head writes nope and v where the attention reads
+them, and rope columns are written once for each head. Nothing is copied again.
 """
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from . import fused
 from .checks import wrong
+from .chunks import (
+    LEAST_EXACT_KV,
+    LEAST_EXACT_QUERIES,
+    Chunk,
+    Limits,
+    Part,
+    chunks,
+    exact_queries,
+    seen_requests,
+)
+from .fused import Ragged, State
+from .layer_config import Dims
 from .merge import merge_states
 from .prefill_inputs import NewTokens
+from .slots import gather, slots_of, wider
 
 LEAST_TOKENS = 16  # of query and KV in one step
 UNFUSED_QUERIES = 128  # query tokens of a step whose logits are in memory
 
 
-class Step(NamedTuple):
-    """Tokens of one step, at most."""
+@dataclass(frozen=True)
+class Step:
+    """A chunk, where its KV tokens lie, and for each of its attentions what the kernel is told
+    beside tensors; one attention has all parts of a batched chunk."""
 
-    queries: int
-    kv: int
-
-
-def is_fused(new: NewTokens) -> bool:
-    """Whether torch's memory-efficient attention does it; else matrix products and a softmax."""
-    return new.q_nope.is_cuda
+    chunk: Chunk
+    slots: Tensor
+    ragged: list[Ragged | None]
 
 
-def step_size(new: NewTokens, workspace_bytes: int) -> Step:
-    """Of the tokens whose queries, keys, values and results fit. ValueError if hardly any do."""
-    size, heads, rows = new.q_nope.element_size(), new.heads, new.nope + new.rope
-    # The fused attention adds up wide values in float32.
-    per_query = heads * (size * (rows + new.v) + 4 * new.v + 4)
-    per_kv = size * (new.kv_lora + new.rope + heads * (new.nope + new.v) + heads * rows)
+@dataclass(frozen=True)
+class Steps:
+    """All that some requests go through."""
+
+    steps: list[Step]
+    whole: bool  # each query token of theirs sees something
+    attention: str  # what computes it
+
+
+def is_fused(device: torch.device) -> bool:
+    """Whether a kernel of torch's does it; else matrix products and a softmax."""
+    return device.type == "cuda"
+
+
+def limits(dims: Dims, dtype: torch.dtype, fuses: bool, workspace_bytes: int) -> Limits:
+    """The tokens whose queries, keys, values and results fit. ValueError if hardly any do."""
+    size, heads, v = dtype.itemsize, dims.heads, dims.v
+    # The memory-efficient attention adds up wide values in float32.
+    per_query = heads * (size * (dims.head_dim + v) + 4 * v + 4)
+    per_kv = size * (dims.d_qk + heads * (dims.head_dim + v))
     per_pair = 0
-    if not is_fused(new):  # operands in float32; logits, probabilities and one more of the size
-        per_query += 4 * heads * (rows + new.v)
-        per_kv += 4 * heads * (rows + new.v)
+    if not fuses:  # operands in float32; logits, probabilities and one more of the size
+        per_query += 4 * heads * (dims.head_dim + v)
+        per_kv += 4 * heads * (dims.head_dim + v)
         per_pair = 12 * heads
     least = LEAST_TOKENS * (per_query + per_kv + LEAST_TOKENS * per_pair)
     if workspace_bytes < least:
@@ -49,122 +77,140 @@ def step_size(new: NewTokens, workspace_bytes: int) -> Step:
     queries = max(LEAST_TOKENS, workspace_bytes // 4 // per_query)
     if per_pair:
         queries = min(queries, UNFUSED_QUERIES)
-    while queries > LEAST_TOKENS:
+    while True:
         kv = (workspace_bytes - queries * per_query) // (per_kv + queries * per_pair)
-        if kv >= queries:
-            return Step(queries, kv)
+        if kv >= queries or queries == LEAST_TOKENS:
+            return Limits(queries, max(kv, LEAST_TOKENS))
         queries = max(LEAST_TOKENS, queries // 2)
-    kv = (workspace_bytes - queries * per_query) // (per_kv + queries * per_pair)
-    return Step(queries, max(kv, LEAST_TOKENS))
 
 
-def attend(
-    new: NewTokens, out: Tensor, lse: Tensor, *, scale: float, causal: bool, workspace_bytes: int
-) -> None:
-    """Writes out [tokens, h, v] and lse [tokens, h]. Reads lengths on the host: it waits for the
-    device once. Lengths, page ids and cu_seqlens_q are clamped as by `decode`."""
-    step = step_size(new, workspace_bytes)
-    out.zero_()
-    lse.fill_(-math.inf)
-    reach = new.block_table.shape[1] * new.cache.shape[1] if new.cache.shape[0] else 0
-    lens = new.seq_lens.clamp(0, reach).tolist()
-    cuts = new.cu_seqlens_q.clamp(0, new.q_nope.shape[0]).tolist()
-    for request, length in enumerate(lens):
-        rows = slice(cuts[request], max(cuts[request : request + 2]))
-        _attend_request(new, request, length, rows, step, out[rows], lse[rows], scale, causal)
-
-
-def _attend_request(
-    new: NewTokens,
-    request: int,
-    length: int,
-    rows: slice,
-    step: Step,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    causal: bool,
-) -> None:
-    """Chunks before the new tokens are seen by all of these, a chunk among them by its own in a
-    triangle and by all later ones. Query token t sees KV up to t + past."""
-    tokens = rows.stop - rows.start
-    past = length - tokens if causal else length
-    begin = 0
-    while begin < length and tokens:
-        among_new = begin >= past
-        size = min(step) if among_new else min(step.kv, past - begin)
-        end = min(begin + size, length)
-        keys, values = _expand(new, request, begin, end)
-        first = 0
-        if among_new:
-            own = slice(begin - past, end - past)
-            _attend_rows(new, rows, own, keys, values, out, lse, scale, causal=True)
-            first = own.stop
-        for at in range(first, tokens, step.queries):
-            seen_by = slice(at, min(at + step.queries, tokens))
-            _attend_rows(new, rows, seen_by, keys, values, out, lse, scale, causal=False)
-        del keys, values  # before there are others
-        begin = end
-
-
-def _expand(new: NewTokens, request: int, begin: int, end: int) -> tuple[Tensor, Tensor]:
-    """Keys [n, h, nope + r] and values [n, h, v] of a request's KV tokens."""
-    num_pages, page_size = new.cache.shape[:2]
-    places = torch.arange(begin, end, device=new.cache.device)
-    pages = new.block_table[request, places // page_size].long().clamp(0, num_pages - 1)
-    latent = new.cache[pages, places % page_size].flatten(1)
-    if new.rope_cache is not None:
-        rope = new.rope_cache[pages, places % page_size].flatten(1)
-    else:
-        latent, rope = latent[:, : new.kv_lora], latent[:, new.kv_lora :]
-    by_head = (latent @ new.w_kv_b.T).view(len(latent), new.heads, new.nope + new.v)
-    if not new.rope:
-        return by_head[..., : new.nope], by_head[..., new.nope :]
-    keys = by_head.new_empty(len(latent), new.heads, new.nope + new.rope)
-    keys[..., : new.nope] = by_head[..., : new.nope]
-    keys[..., new.nope :] = rope[:, None]
-    return keys, by_head[..., new.nope :]
-
-
-def _attend_rows(
-    new: NewTokens,
-    rows: slice,
-    own: slice,
-    keys: Tensor,
-    values: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
+def prepare(
+    dims: Dims,
+    dtype: torch.dtype,
+    block_table: Tensor,
+    pages: tuple[int, int],
+    lens: Sequence[int],
+    cuts: Sequence[int],
+    which: Sequence[int],
     *,
     causal: bool,
-) -> None:
-    """Merges the attention of query tokens `own` of `rows` into out and lse."""
-    q = new.q_nope[rows][own]
-    if new.q_rope is not None:
-        q = torch.cat((q, new.q_rope[rows][own]), -1)
-    attention = _fused if is_fused(new) else _unfused
-    o, o_lse = attention(q, keys, values, scale, causal)
-    merge_states(out[own], lse[own], o, o_lse, out=out[own], lse=lse[own])
+    workspace_bytes: int,
+) -> Steps:
+    """Of requests `which`, with KV tokens `lens` and query tokens by `cuts`.
 
-
-def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """[n, h, d] each -> o [n, h, v] and natural lse [n, h]. Causal: as many queries as keys.
-
-    torch's scaled_dot_product_attention without its choice of backend, which does not return the
-    log-sum-exp.
+    pages: how many the cache has, and their size.
     """
-    o, lse, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(
-        *(x.transpose(0, 1)[None] for x in (q, k, v)), None, True, 0.0, causal, scale=scale
+    device = block_table.device
+    most = limits(dims, dtype, is_fused(device), workspace_bytes)
+    exact = (
+        most.queries >= LEAST_EXACT_QUERIES
+        and most.kv >= LEAST_EXACT_KV
+        and fused.cudnn_works(device, dtype, dims.head_dim, dims.v)
     )
-    return o[0].transpose(0, 1), lse[0, :, : q.shape[0]].transpose(0, 1)
+    if exact:  # few pieces, whose sizes are powers of two
+        unit = 1 << most.kv.bit_length() - 2
+        most = Limits(most.queries, most.kv // unit * unit)
+    requests = seen_requests(lens, cuts, which, causal)
+    made = chunks(requests, most, exact)
+    slots = slots_of(made, block_table, pages[1], pages[0]) if made else []
+    steps = [Step(c, s, _ragged(c, device)) for c, s in zip(made, slots, strict=True)]
+    seen = sum(request.tokens for request in requests)
+    names = [_name(part, device) for chunk in made for part in chunk.parts]
+    return Steps(
+        steps,
+        seen == sum(max(cuts[i + 1] - cuts[i], 0) for i in which),
+        " and ".join(dict.fromkeys(names)),
+    )
 
 
-def _unfused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """As _fused, in float32."""
-    logits = (q.float().transpose(0, 1) * scale) @ k.float().permute(1, 2, 0)
-    if causal:
-        seen = torch.ones(logits.shape[1:], dtype=torch.bool, device=logits.device).tril()
-        logits.masked_fill_(~seen, -math.inf)
-    lse = logits.logsumexp(-1)
-    o = (logits - lse[..., None]).exp_() @ v.float().transpose(0, 1)
-    return o.transpose(0, 1).to(q.dtype), lse.transpose(0, 1)
+def _name(part: Part, device: torch.device) -> str:
+    if part.exact:
+        return fused.CUDNN
+    return fused.EFFICIENT if is_fused(device) else fused.PRODUCTS
+
+
+def _ragged(chunk: Chunk, device: torch.device) -> list[Ragged | None]:
+    """Of each attention, where the kernel asks for it."""
+    if not is_fused(device):
+        return [None] * len(chunk.parts)
+    if chunk.batched:
+        return [fused.ragged(*zip(*map(_sizes, chunk.parts), strict=True), device)]
+    return [
+        None if part.exact else fused.ragged(*([size] for size in _sizes(part)), device)
+        for part in chunk.parts
+    ]
+
+
+def _sizes(part: Part) -> tuple[int, int]:
+    return part.queries.stop - part.queries.start, part.keys.stop - part.keys.start
+
+
+def attend(new: NewTokens, steps: Steps, out: Tensor, lse: Tensor, scale: float) -> None:
+    """Writes rows of out [tokens, h, v] and lse [tokens, h]: those of the requests that `steps` are
+    of, 0 and -inf where they see nothing."""
+    for step in steps.steps:
+        _attend_chunk(new, step, out, lse, scale)
+
+
+def _attend_chunk(new: NewTokens, step: Step, out: Tensor, lse: Tensor, scale: float) -> None:
+    keys, values = _expand(new, step.slots)
+    parts = step.chunk.parts
+    if step.chunk.batched and is_fused(out.device):
+        queries = slice(parts[0].queries.start, parts[-1].queries.stop)
+        parts = [Part(parts[0].request, queries, slice(0, len(keys)), 0, parts[0].causal, False)]
+    q, held = None, None
+    for part, ragged in zip(parts, step.ragged, strict=True):
+        if held != (part.queries, part.exact):
+            q = None  # before there is another
+            q, held = _queries(new, part), (part.queries, part.exact)
+        assert q is not None
+        tokens = part.queries.stop - part.queries.start
+        many = exact_queries(tokens) if part.exact and part.causal else 0
+        own = slice(part.keys.start, max(part.keys.stop, part.keys.start + many))
+        o, o_lse = _attention(q, keys[own], values[own], part, ragged, scale)
+        rows = part.queries
+        if part.begin == 0:
+            out[rows], lse[rows] = o[:tokens], o_lse[:tokens]
+        else:
+            merge_states(
+                out[rows], lse[rows], o[:tokens], o_lse[:tokens], out=out[rows], lse=lse[rows]
+            )
+
+
+def _attention(
+    q: Tensor, keys: Tensor, values: Tensor, part: Part, ragged: Ragged | None, scale: float
+) -> State:
+    if part.exact:
+        return fused.cudnn(q, keys, values, scale, part.causal)
+    if ragged is not None:
+        return fused.efficient(q, keys, values, ragged, scale, part.causal)
+    return fused.products(q, keys, values, scale, part.causal)
+
+
+def _queries(new: NewTokens, part: Part) -> Tensor:
+    """[n, h, r + nope]; n rounded up for a kernel that is prepared for sizes."""
+    q_nope = new.q_nope[part.queries]
+    tokens = len(q_nope)
+    rows = exact_queries(tokens) if part.exact else tokens
+    if new.q_rope is None and rows == tokens:
+        return q_nope
+    q = q_nope.new_empty(rows, new.heads, new.rope + new.nope)
+    q[:tokens, :, new.rope :] = q_nope
+    if new.q_rope is not None:
+        q[:tokens, :, : new.rope] = new.q_rope[part.queries]
+    return q
+
+
+def _expand(new: NewTokens, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys [n, h, r + nope] and values [n, h, v] of KV tokens."""
+    n, d = len(slots), new.dims
+    rows = gather(new.cache, slots)
+    rope = rows[:, d.kv_lora :] if new.rope_cache is None else gather(new.rope_cache, slots)
+    by_head = rows.new_empty(n, d.heads, d.rope + d.nope + d.v)
+    latent = rows[:, : d.kv_lora].expand(d.heads, n, d.kv_lora)
+    weights = new.w_kv_b.view(d.heads, d.nope + d.v, d.kv_lora).transpose(1, 2)
+    torch.bmm(latent, weights, out=by_head[..., d.rope :].transpose(0, 1))
+    if d.rope:
+        to, per_token = wider(by_head[..., : d.rope], rope[:, None])
+        to.copy_(per_token)
+    return by_head[..., : d.head_dim], by_head[..., d.head_dim :]

@@ -6,9 +6,10 @@ from torch import Tensor
 
 from .api import decode
 from .append import append
-from .inputs import TensorOrPair
+from .inputs import TensorOrPair, parts
 from .plan import Plan
-from .prefill import WORKSPACE_BYTES, Method, absorbed_bytes, choose, prefill
+from .prefill import absorbed_at_once, absorbed_bytes, prefill
+from .prefill_plan import WORKSPACE_BYTES, Method, PrefillPlan, Sizes
 from .projections import Projections, linear
 
 __all__ = ["MultiHeadLatentAttention"]
@@ -37,7 +38,7 @@ class MultiHeadLatentAttention(Projections):
         *,
         cu_seqlens_q: Tensor | None = None,
         method: Method | None = None,
-        plan: Plan | None = None,
+        plan: Plan | PrefillPlan | None = None,
         workspace_bytes: int = WORKSPACE_BYTES,
         variant: str | None = None,
     ) -> Tensor:
@@ -48,7 +49,7 @@ class MultiHeadLatentAttention(Projections):
         kv_cache, block_table, cu_seqlens_q: as for `append` and `decode`.
         seq_lens: int32 [b], KV tokens of each request, these included.
         method: "absorbed", "expanded" or None, as for `prefill`. Absorbed steps can be captured.
-        plan: of `mla.plan`, for an absorbed step.
+        plan: of `mla.plan`, for an absorbed step, or of `mla.plan_prefill`: for all layers of one.
         workspace_bytes, variant: as for `prefill`.
 
         Returns [b, s, hidden] or [tokens, hidden]. Raises what `append`, `decode` and `prefill` do.
@@ -65,27 +66,32 @@ class MultiHeadLatentAttention(Projections):
             cos_sin=None if k_rope is None else self.cos_sin,
             interleaved=c.rotary is None or c.rotary.interleaved,
         )
-        tokens = positions.numel()
-        if method is None:
-            mean = tokens / max(len(seq_lens), 1)
-            chosen = choose(
-                mean, hidden.dtype, hidden.device,
-                kv_lora=c.kv_lora, nope=c.nope, rope=c.rope, v=c.v,
-            )  # fmt: skip
-            method = "absorbed" if plan is not None or variant is not None else chosen
         where = (kv_cache, block_table, seq_lens)
+        tokens, layers_plan = positions.numel(), plan if isinstance(plan, PrefillPlan) else None
+        decode_plan = plan if isinstance(plan, Plan) else None
+        if decode_plan is not None or variant is not None:
+            method = method or "absorbed"
+        elif layers_plan is not None:
+            method = "absorbed" if layers_plan.method == "absorbed" else None
+        elif method is None:
+            pages = parts("kv_cache", "latent, rope", kv_cache)[0].shape
+            sizes = Sizes(
+                c.dims, hidden.dtype, hidden.device, len(seq_lens), tokens,
+                block_table.shape[1], *pages[:2], True, workspace_bytes,
+            )  # fmt: skip
+            method = "absorbed" if absorbed_at_once(sizes) else None
         step_bytes = tokens * absorbed_bytes(c.heads, c.kv_lora, c.v, hidden.dtype)
-        if method == "absorbed" and (step_bytes <= workspace_bytes or plan is not None):
+        if method == "absorbed" and (step_bytes <= workspace_bytes or decode_plan is not None):
             o_latent = decode(
                 self.absorbed_query(hidden, positions),
                 *where,
                 scale=c.softmax_scale,
                 cu_seqlens_q=cu_seqlens_q,
-                plan=plan,
+                plan=decode_plan,
                 variant=variant,
             )
             return self.project_latents(o_latent)
-        if plan is not None:
+        if decode_plan is not None:
             raise ValueError(f"plan: got a plan, expected None with method {method!r}")
         q_nope, q_rope = self.queries(hidden, positions)
         attended = prefill(
@@ -95,6 +101,7 @@ class MultiHeadLatentAttention(Projections):
             scale=c.softmax_scale,
             cu_seqlens_q=cu_seqlens_q,
             method=method,
+            plan=layers_plan,
             workspace_bytes=workspace_bytes,
             variant=variant,
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -10,12 +12,13 @@ from torch import Tensor
 from . import expanded, launch, log
 from .absorb import absorb_query, expand_output
 from .api import decode
-from .checks import D_V, DTYPES, check_size, wrong
+from .checks import check_size, wrong
+from .expanded import Steps
 from .inputs import TensorOrPair
 from .prefill_inputs import NewTokens
+from .prefill_plan import METHODS, WORKSPACE_BYTES, Method, PrefillPlan, Sizes, cheaper_of, make_plan
 
-Method = Literal["absorbed", "expanded"]
-WORKSPACE_BYTES = 512 << 20
+_DECODE = "mla.decode"
 LEAST_TOKENS = 16  # of an absorbed step
 
 
@@ -24,7 +27,7 @@ class Prefill(NamedTuple):
 
     out: Tensor  # [b, s, h, v] or [tokens, h, v], in q's dtype
     lse: Tensor  # float32 [b, s, h] or [tokens, h], natural logarithm
-    method: Method  # the one that ran
+    method: str  # the one that ran: "absorbed", "expanded", or "both" for different requests
     attention: str  # what computed it
 
 
@@ -39,6 +42,7 @@ def prefill(
     causal: bool = True,
     cu_seqlens_q: Tensor | None = None,
     method: Method | None = None,
+    plan: PrefillPlan | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
     variant: str | None = None,
 ) -> Prefill:
@@ -67,53 +71,82 @@ def prefill(
     """
     new = NewTokens.of(q, kv_cache, block_table, seq_lens, cu_seqlens_q, w_kv_b)
     workspace_bytes = check_size("workspace_bytes", workspace_bytes, 1)
-    if method is None:
-        mean = new.q_nope.shape[0] / max(len(seq_lens), 1)
-        sizes = {"kv_lora": new.kv_lora, "nope": new.nope, "rope": new.rope, "v": new.v}
-        chosen = choose(mean, new.q_nope.dtype, new.q_nope.device, **sizes)
-        method = "absorbed" if variant is not None else chosen
-    if method not in ("absorbed", "expanded"):
+    if method not in (*METHODS, None):
         raise wrong("method", repr(method), "'absorbed', 'expanded' or None")
     if method == "expanded" and variant is not None:
         raise wrong("variant", repr(variant), "None with method 'expanded'")
-    out = new.q_nope.new_empty(new.q_nope.shape[0], new.heads, new.v)
+    if variant is not None:
+        method = "absorbed"
+    sizes = Sizes.of(new, causal, workspace_bytes)
+    if plan is None and (method or not absorbed_at_once(sizes)) and method != "absorbed":
+        plan = make_plan(
+            sizes, block_table, seq_lens, seq_lens.tolist(), new.cu_seqlens_q.tolist(), method
+        )
+    out = new.q_nope.new_empty(sizes.tokens, new.heads, new.v)
     lse = torch.empty(out.shape[:2], dtype=torch.float32, device=out.device)
-    if method == "absorbed":
-        attention = "mla.decode"
-        _absorbed(new, out, lse, scale, causal, workspace_bytes, variant)
+    step = Step(scale, causal, workspace_bytes, variant)
+    if plan is None or plan.steps is None:
+        _absorbed(new, out, lse, step)
+        ran = Ran("absorbed", _DECODE)
     else:
-        fused = expanded.is_fused(new)
-        attention = "torch's memory-efficient attention" if fused else "torch, in float32"
-        expanded.attend(new, out, lse, scale=scale, causal=causal, workspace_bytes=workspace_bytes)
+        ran = _planned(new, plan, plan.steps, out, lse, step)
     if log.dispatch_wanted():
-        tokens = f"{new.q_nope.shape[0]} new tokens of {len(seq_lens)} requests"
-        log.once(("prefill", method), lambda: f"prefill, {tokens}: {method} by {attention}")
-    return Prefill(out.view(*new.shape, new.v), lse.view(new.shape), method, attention)
+        tokens = f"{sizes.tokens} new tokens of {sizes.b} requests"
+        log.once(("prefill", ran), lambda: f"prefill, {tokens}: {ran.method} by {ran.attention}")
+    return Prefill(out.view(*new.shape, new.v), lse.view(new.shape), *ran)
 
 
-def cheaper_method(new_tokens: float, *, kv_lora: int, nope: int, rope: int, v: int) -> Method:
-    """By operations for each head and KV token, of a request with `new_tokens` query tokens.
-
-    Absorbed: 2 kv_lora + rope multiplications a query token. Expanded: nope + rope + v, and once
-    kv_lora * (nope + v) to make the key and value; that counts twice, since writing and reading
-    them takes about as long as the product. Expanded from 342 tokens on for DeepSeek-V3.
-    """
-    saved = (2 * kv_lora + rope) - (nope + rope + v)
-    made = 2 * kv_lora * (nope + v)
-    return "expanded" if saved > 0 and new_tokens * saved >= made else "absorbed"
+def absorbed_at_once(sizes: Sizes) -> bool:
+    """Whether no request is worth reading lengths for, or nobody may."""
+    if not sizes.decodes:
+        return False
+    if sizes.device.type == "cuda" and launch.capturing(sizes.device):
+        return True
+    return cheaper_of(sizes, sizes.tokens, sizes.reach) == "absorbed"
 
 
-def choose(
-    new_tokens: float, dtype: torch.dtype, device: torch.device, *, kv_lora: int, nope: int,
-    rope: int, v: int,
-) -> Method:  # fmt: skip
-    """cheaper_method, but absorbed while a graph is captured, and expanded where `decode` has no
-    kernel for the dims or the dtype. new_tokens: the mean over requests."""
-    if dtype not in DTYPES or D_V.get(kv_lora + rope) != kv_lora:
-        return "expanded"
-    if device.type == "cuda" and launch.capturing(device):
-        return "absorbed"
-    return cheaper_method(new_tokens, kv_lora=kv_lora, nope=nope, rope=rope, v=v)
+class Step(NamedTuple):
+    """Options of a call."""
+
+    scale: float
+    causal: bool
+    workspace_bytes: int
+    variant: str | None
+
+
+class Ran(NamedTuple):
+    method: str
+    attention: str
+
+
+def _planned(
+    new: NewTokens, plan: PrefillPlan, steps: Steps, out: Tensor, lse: Tensor, step: Step
+) -> Ran:
+    """Where some requests are expanded."""
+    if not steps.whole:
+        out.zero_()
+        lse.fill_(-math.inf)
+    expanded.attend(new, steps, out, lse, step.scale)
+    if plan.absorbed is None:
+        return Ran("expanded", steps.attention)
+    rows = plan.absorbed.rows
+    some = replace(
+        new,
+        q_nope=new.q_nope[rows],
+        q_rope=None if new.q_rope is None else new.q_rope[rows],
+        block_table=plan.absorbed.block_table,
+        seq_lens=plan.absorbed.seq_lens,
+        cu_seqlens_q=plan.absorbed.cu_seqlens_q,
+    )
+    if isinstance(rows, slice):
+        _absorbed(some, out[rows], lse[rows], step)
+    else:
+        some_out, some_lse = out.new_empty(len(rows), *out.shape[1:]), lse.new_empty(
+            len(rows), lse.shape[1]
+        )
+        _absorbed(some, some_out, some_lse, step)
+        out[rows], lse[rows] = some_out, some_lse
+    return Ran("both", f"{_DECODE} and {steps.attention}")
 
 
 def absorbed_bytes(heads: int, kv_lora: int, v: int, dtype: torch.dtype) -> int:
@@ -121,21 +154,14 @@ def absorbed_bytes(heads: int, kv_lora: int, v: int, dtype: torch.dtype) -> int:
     return heads * ((2 * kv_lora + v) * dtype.itemsize + 4)
 
 
-def _absorbed(
-    new: NewTokens,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    causal: bool,
-    workspace_bytes: int,
-    variant: str | None,
-) -> None:
+def _absorbed(new: NewTokens, out: Tensor, lse: Tensor, options: Step) -> None:
     """Steps of query tokens, of all requests in order. A request's last token of a step sees as
     much less than its last one as there are tokens behind the step."""
     per_token = absorbed_bytes(new.heads, new.kv_lora, new.v, new.q_nope.dtype)
-    step = workspace_bytes // per_token
+    step, causal = options.workspace_bytes // per_token, options.causal
     if step < LEAST_TOKENS:
-        raise wrong("workspace_bytes", workspace_bytes, f"at least {LEAST_TOKENS * per_token}")
+        least = LEAST_TOKENS * per_token
+        raise wrong("workspace_bytes", options.workspace_bytes, f"at least {least}")
     cuts, lens = new.cu_seqlens_q, new.seq_lens
     for begin in range(0, len(out), step):
         end = min(begin + step, len(out))
@@ -146,7 +172,7 @@ def _absorbed(
         if end - begin < len(out):
             cuts = new.cu_seqlens_q.clamp(begin, end) - begin
         rows = slice(begin, end)
-        out[rows] = _absorbed_step(new, rows, cuts, lens, lse[rows], scale, causal, variant)
+        out[rows] = _absorbed_step(new, rows, cuts, lens, lse[rows], options)
 
 
 def _absorbed_step(
@@ -155,9 +181,7 @@ def _absorbed_step(
     cuts: Tensor,
     lens: Tensor,
     lse: Tensor,
-    scale: float,
-    causal: bool,
-    variant: str | None,
+    options: Step,
 ) -> Tensor:
     """Of query tokens `rows`, which requests have by `cuts`: values of heads."""
     w_uk, w_uv = new.weights()
@@ -167,10 +191,10 @@ def _absorbed_step(
         new.kv_cache,
         new.block_table,
         lens,
-        scale=scale,
-        causal=causal,
+        scale=options.scale,
+        causal=options.causal,
         cu_seqlens_q=cuts,
         lse=lse,
-        variant=variant,
+        variant=options.variant,
     )
     return expand_output(o_latent, w_uv)

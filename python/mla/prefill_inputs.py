@@ -18,6 +18,7 @@ from .checks import (
     wrong,
 )
 from .inputs import TensorOrPair, check_pages, parts
+from .layer_config import Dims
 from .merge import COLUMNS
 
 # Un-absorbed, for checks in more precision than the kernels have.
@@ -116,6 +117,12 @@ class NewTokens:
     @property
     def kv_lora(self) -> int:
         return self.w_kv_b.shape[1]
+
+    @property
+    def dims(self) -> Dims:
+        return Dims(
+            heads=self.heads, kv_lora=self.kv_lora, nope=self.nope, rope=self.rope, v=self.v
+        )
 
     @property
     def kv_cache(self) -> TensorOrPair:
