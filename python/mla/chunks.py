@@ -132,8 +132,9 @@ def _alone(r: Request, limits: Limits, exact: bool) -> Iterator[Chunk]:
     """Chunks end where the new tokens begin, unless all that is left fits. Among these, a chunk is
     a triangle for its own query tokens and whole for later ones."""
     most = limits.queries
-    if exact:  # no more when rounded up
-        while exact_queries(most) > limits.queries:
+    if exact:  # no more than fit when rounded up
+        most = min(limits)
+        while exact_queries(most) > min(limits):
             most -= LEAST_EXACT_QUERIES >> 2
     among_new = min(most, limits.kv)
     begin = 0
