@@ -12,6 +12,7 @@ from .layer_config import LayerConfig
 from .merge import merge_states
 from .plan import Plan, plan
 from .prefill import Prefill, prefill
+from .prefill_plan import PrefillPlan, plan_prefill
 from .preload import preload
 from .variants import variants
 
@@ -23,6 +24,7 @@ __all__ = [
     "LayerConfig",
     "Plan",
     "Prefill",
+    "PrefillPlan",
     "UnsupportedError",
     "__version__",
     "absorb",
@@ -33,6 +35,7 @@ __all__ = [
     "merge_states",
     "nn",
     "plan",
+    "plan_prefill",
     "prefill",
     "preload",
     "use_variant",

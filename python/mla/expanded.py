@@ -8,7 +8,8 @@ them, and rope columns are written once for each head. Nothing is copied again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +53,7 @@ class Steps:
 
     steps: list[Step]
     whole: bool  # each query token of theirs sees something
+    alone: bool  # one attention gives the results of all query tokens of the call
     attention: str  # what computes it
 
 
@@ -93,10 +95,11 @@ def prepare(
     cuts: Sequence[int],
     which: Sequence[int],
     *,
+    tokens: int,
     causal: bool,
     workspace_bytes: int,
 ) -> Steps:
-    """Of requests `which`, with KV tokens `lens` and query tokens by `cuts`.
+    """Of requests `which`, with KV tokens `lens` and query tokens by `cuts`, of `tokens` in all.
 
     pages: how many the cache has, and their size.
     """
@@ -119,6 +122,7 @@ def prepare(
     return Steps(
         steps,
         seen == sum(max(cuts[i + 1] - cuts[i], 0) for i in which),
+        len(steps) == 1 and len(steps[0].ragged) == 1 and seen == tokens,
         " and ".join(dict.fromkeys(names)),
     )
 
@@ -145,17 +149,33 @@ def _sizes(part: Part) -> tuple[int, int]:
     return part.queries.stop - part.queries.start, part.keys.stop - part.keys.start
 
 
-def attend(new: NewTokens, steps: Steps, out: Tensor, lse: Tensor, scale: float) -> None:
-    """Writes rows of out [tokens, h, v] and lse [tokens, h]: those of the requests that `steps` are
-    of, 0 and -inf where they see nothing."""
+def attend(new: NewTokens, steps: Steps, scale: float) -> State:
+    """Of all query tokens [tokens, h, v] and [tokens, h]; rows of other requests than those that
+    `steps` are of are 0 and -inf, or undefined where `steps` are whole. So are rows of theirs that
+    see nothing."""
+    if steps.alone:
+        ((_, state),) = _attentions(new, steps.steps[0], scale)
+        return state
+    out = new.q_nope.new_empty(*new.q_nope.shape[:2], new.v)
+    lse = out.new_empty(out.shape[:2], dtype=torch.float32)
+    if not steps.whole:
+        out.zero_()
+        lse.fill_(-math.inf)
     for step in steps.steps:
-        _attend_chunk(new, step, out, lse, scale)
+        for part, (o, o_lse) in _attentions(new, step, scale):
+            rows = part.queries
+            if part.begin == 0:
+                out[rows], lse[rows] = o, o_lse
+            else:
+                merge_states(out[rows], lse[rows], o, o_lse, out=out[rows], lse=lse[rows])
+    return State(out, lse)
 
 
-def _attend_chunk(new: NewTokens, step: Step, out: Tensor, lse: Tensor, scale: float) -> None:
+def _attentions(new: NewTokens, step: Step, scale: float) -> Iterator[tuple[Part, State]]:
+    """Of a chunk, each of its parts, or one for all."""
     keys, values = _expand(new, step.slots)
     parts = step.chunk.parts
-    if step.chunk.batched and is_fused(out.device):
+    if step.chunk.batched and is_fused(keys.device):
         queries = slice(parts[0].queries.start, parts[-1].queries.stop)
         parts = [Part(parts[0].request, queries, slice(0, len(keys)), 0, parts[0].causal, False)]
     q, held = None, None
@@ -167,14 +187,8 @@ def _attend_chunk(new: NewTokens, step: Step, out: Tensor, lse: Tensor, scale: f
         tokens = part.queries.stop - part.queries.start
         many = exact_queries(tokens) if part.exact and part.causal else 0
         own = slice(part.keys.start, max(part.keys.stop, part.keys.start + many))
-        o, o_lse = _attention(q, keys[own], values[own], part, ragged, scale)
-        rows = part.queries
-        if part.begin == 0:
-            out[rows], lse[rows] = o[:tokens], o_lse[:tokens]
-        else:
-            merge_states(
-                out[rows], lse[rows], o[:tokens], o_lse[:tokens], out=out[rows], lse=lse[rows]
-            )
+        o, lse = _attention(q, keys[own], values[own], part, ragged, scale)
+        yield part, State(o[:tokens], lse[:tokens])
 
 
 def _attention(

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .api import decode
 from .append import append
+from .checks import wrong
 from .inputs import TensorOrPair, parts
 from .plan import Plan
 from .prefill import absorbed_at_once, absorbed_bytes, prefill
@@ -69,6 +70,8 @@ class MultiHeadLatentAttention(Projections):
         where = (kv_cache, block_table, seq_lens)
         tokens, layers_plan = positions.numel(), plan if isinstance(plan, PrefillPlan) else None
         decode_plan = plan if isinstance(plan, Plan) else None
+        if layers_plan is not None and (method or variant):
+            raise wrong("plan", "a plan of mla.plan_prefill", "None with a method or a variant")
         if decode_plan is not None or variant is not None:
             method = method or "absorbed"
         elif layers_plan is not None:
@@ -100,7 +103,7 @@ class MultiHeadLatentAttention(Projections):
             self.kv_b_proj.weight,
             scale=c.softmax_scale,
             cu_seqlens_q=cu_seqlens_q,
-            method=method,
+            method=None if layers_plan else method,
             plan=layers_plan,
             workspace_bytes=workspace_bytes,
             variant=variant,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
@@ -10,13 +9,21 @@ import torch
 from torch import Tensor
 
 from . import expanded, launch, log
-from .absorb import absorb_query, expand_output
+from .absorb import absorb_query
 from .api import decode
 from .checks import check_size, wrong
-from .expanded import Steps
 from .inputs import TensorOrPair
 from .prefill_inputs import NewTokens
-from .prefill_plan import METHODS, WORKSPACE_BYTES, Method, PrefillPlan, Sizes, cheaper_of, make_plan
+from .prefill_plan import (
+    WORKSPACE_BYTES,
+    Absorbed,
+    Method,
+    PrefillPlan,
+    Sizes,
+    check_method,
+    cheaper_of,
+    make_plan,
+)
 
 _DECODE = "mla.decode"
 LEAST_TOKENS = 16  # of an absorbed step
@@ -57,6 +64,7 @@ def prefill(
     method: "absorbed": `decode` with W_UK in the query, the cache read as it is. "expanded": keys
         and values of every head are made of the cached latents, chunk by chunk, and chunks merged.
         None: the cheaper one by `cheaper_method`.
+    plan: of `mla.plan_prefill`: nothing is decided or read on the host.
     workspace_bytes: what intermediate results may take in all: queries and outputs of an absorbed
         step, or queries, keys, values and partial outputs of an expanded one. The scratch memory of
         `decode` is not in it (workspace.py bounds that), nor is out.
@@ -71,25 +79,32 @@ def prefill(
     """
     new = NewTokens.of(q, kv_cache, block_table, seq_lens, cu_seqlens_q, w_kv_b)
     workspace_bytes = check_size("workspace_bytes", workspace_bytes, 1)
-    if method not in (*METHODS, None):
-        raise wrong("method", repr(method), "'absorbed', 'expanded' or None")
+    check_method(method)
     if method == "expanded" and variant is not None:
         raise wrong("variant", repr(variant), "None with method 'expanded'")
     if variant is not None:
         method = "absorbed"
     sizes = Sizes.of(new, causal, workspace_bytes)
+    if plan is not None:
+        if method is not None:
+            raise wrong("plan", "a plan", "None with a method or a variant")
+        plan.check_fits(sizes)
     if plan is None and (method or not absorbed_at_once(sizes)) and method != "absorbed":
         plan = make_plan(
             sizes, block_table, seq_lens, seq_lens.tolist(), new.cu_seqlens_q.tolist(), method
         )
-    out = new.q_nope.new_empty(sizes.tokens, new.heads, new.v)
-    lse = torch.empty(out.shape[:2], dtype=torch.float32, device=out.device)
     step = Step(scale, causal, workspace_bytes, variant)
     if plan is None or plan.steps is None:
+        out = new.q_nope.new_empty(sizes.tokens, new.heads, new.v)
+        lse = torch.empty(out.shape[:2], dtype=torch.float32, device=out.device)
         _absorbed(new, out, lse, step)
         ran = Ran("absorbed", _DECODE)
     else:
-        ran = _planned(new, plan, plan.steps, out, lse, step)
+        out, lse = expanded.attend(new, plan.steps, scale)
+        ran = Ran("expanded", plan.steps.attention)
+        if plan.absorbed is not None:
+            _absorbed_among(new, plan.absorbed, out, lse, step)
+            ran = Ran("both", f"{_DECODE} and {plan.steps.attention}")
     if log.dispatch_wanted():
         tokens = f"{sizes.tokens} new tokens of {sizes.b} requests"
         log.once(("prefill", ran), lambda: f"prefill, {tokens}: {ran.method} by {ran.attention}")
@@ -119,34 +134,26 @@ class Ran(NamedTuple):
     attention: str
 
 
-def _planned(
-    new: NewTokens, plan: PrefillPlan, steps: Steps, out: Tensor, lse: Tensor, step: Step
-) -> Ran:
-    """Where some requests are expanded."""
-    if not steps.whole:
-        out.zero_()
-        lse.fill_(-math.inf)
-    expanded.attend(new, steps, out, lse, step.scale)
-    if plan.absorbed is None:
-        return Ran("expanded", steps.attention)
-    rows = plan.absorbed.rows
+def _absorbed_among(
+    new: NewTokens, absorbed: Absorbed, out: Tensor, lse: Tensor, step: Step
+) -> None:
+    """Of some requests only."""
+    rows = absorbed.rows
     some = replace(
         new,
         q_nope=new.q_nope[rows],
         q_rope=None if new.q_rope is None else new.q_rope[rows],
-        block_table=plan.absorbed.block_table,
-        seq_lens=plan.absorbed.seq_lens,
-        cu_seqlens_q=plan.absorbed.cu_seqlens_q,
+        block_table=absorbed.block_table,
+        seq_lens=absorbed.seq_lens,
+        cu_seqlens_q=absorbed.cu_seqlens_q,
     )
     if isinstance(rows, slice):
         _absorbed(some, out[rows], lse[rows], step)
-    else:
-        some_out, some_lse = out.new_empty(len(rows), *out.shape[1:]), lse.new_empty(
-            len(rows), lse.shape[1]
-        )
-        _absorbed(some, some_out, some_lse, step)
-        out[rows], lse[rows] = some_out, some_lse
-    return Ran("both", f"{_DECODE} and {steps.attention}")
+        return
+    some_out = out.new_empty(len(rows), *out.shape[1:])
+    some_lse = lse.new_empty(len(rows), lse.shape[1])
+    _absorbed(some, some_out, some_lse, step)
+    out[rows], lse[rows] = some_out, some_lse
 
 
 def absorbed_bytes(heads: int, kv_lora: int, v: int, dtype: torch.dtype) -> int:
@@ -172,7 +179,7 @@ def _absorbed(new: NewTokens, out: Tensor, lse: Tensor, options: Step) -> None:
         if end - begin < len(out):
             cuts = new.cu_seqlens_q.clamp(begin, end) - begin
         rows = slice(begin, end)
-        out[rows] = _absorbed_step(new, rows, cuts, lens, lse[rows], options)
+        _absorbed_step(new, rows, cuts, lens, out[rows], lse[rows], options)
 
 
 def _absorbed_step(
@@ -180,10 +187,11 @@ def _absorbed_step(
     rows: slice,
     cuts: Tensor,
     lens: Tensor,
+    out: Tensor,
     lse: Tensor,
     options: Step,
-) -> Tensor:
-    """Of query tokens `rows`, which requests have by `cuts`: values of heads."""
+) -> None:
+    """Of query tokens `rows`, which requests have by `cuts`."""
     w_uk, w_uv = new.weights()
     q_latent = absorb_query(new.q_nope[rows], w_uk)
     o_latent = decode(
@@ -197,4 +205,4 @@ def _absorbed_step(
         lse=lse,
         variant=options.variant,
     )
-    return expand_output(o_latent, w_uv)
+    torch.bmm(o_latent.transpose(0, 1), w_uv.transpose(1, 2), out=out.transpose(0, 1))

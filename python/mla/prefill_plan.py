@@ -10,10 +10,18 @@ import torch
 from torch import Tensor
 
 from . import expanded
-from .checks import D_V, DTYPES
+from .checks import (
+    D_V,
+    DTYPES,
+    check_index,
+    check_lengths,
+    check_size,
+    check_tensor,
+    wrong,
+)
 from .expanded import Steps
 from .layer_config import Dims
-from .prefill_inputs import NewTokens
+from .prefill_inputs import WIDE_DTYPES, NewTokens
 
 Method = Literal["absorbed", "expanded"]
 METHODS: tuple[Method, ...] = ("absorbed", "expanded")
@@ -78,6 +86,67 @@ class PrefillPlan:
             return "both"
         return "absorbed" if kinds == {"absorbed"} else "expanded"
 
+    def check_fits(self, sizes: Sizes) -> None:
+        """ValueError if it is not for the call."""
+        for name, planned, called in zip(Sizes._fields, self.sizes, sizes, strict=True):
+            if planned != called:
+                raise wrong("plan", f"a plan for {name} = {planned}", f"{name} = {called}")
+
+
+def plan_prefill(
+    block_table: Tensor,
+    seq_lens: Tensor,
+    *,
+    dims: Dims,
+    dtype: torch.dtype,
+    num_pages: int,
+    page_size: int,
+    s: int | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    tokens: int | None = None,
+    causal: bool = True,
+    method: Method | None = None,
+    workspace_bytes: int = WORKSPACE_BYTES,
+) -> PrefillPlan:
+    """What `prefill` does for a step, decided once: one plan for all layers.
+
+    block_table, seq_lens: of the step; pages and lengths are read now, which waits for the device.
+    dims: heads and columns of the layers: `mla.models` and `config.dims` have them.
+    dtype, num_pages, page_size: of the cache.
+    s: new tokens of each request. A ragged query has `cu_seqlens_q` and `tokens`, q.shape[0],
+        instead.
+    causal, method, workspace_bytes: as for `prefill`, whose calls with this plan must have the same.
+
+    Raises TypeError and ValueError for arguments that do not fit.
+    """
+    check_tensor("seq_lens", seq_lens)
+    device = seq_lens.device
+    if (s is None) == (cu_seqlens_q is None) or (tokens is None) == (cu_seqlens_q is not None):
+        raise ValueError("s, cu_seqlens_q: expected s, or else cu_seqlens_q and tokens")
+    if dtype not in (*DTYPES, *WIDE_DTYPES):
+        raise TypeError(f"dtype: got {dtype}, expected torch.bfloat16 or torch.float16")
+    check_lengths(seq_lens, cu_seqlens_q, None, device)
+    check_index("block_table", block_table, (len(seq_lens), None), device, "[{}, max_pages]")
+    check_method(method)
+    b = len(seq_lens)
+    if cu_seqlens_q is None:
+        step = check_size("s", s, 0)
+        cuts = [i * step for i in range(b + 1)]
+    else:
+        cuts = cu_seqlens_q.tolist()
+    sizes = Sizes(
+        dims.dims, dtype, device, b, cuts[-1] if tokens is None else check_size("tokens", tokens, 0),
+        block_table.shape[1], check_size("num_pages", num_pages, 0),
+        check_size("page_size", page_size, 1), causal,
+        check_size("workspace_bytes", workspace_bytes, 1),
+    )  # fmt: skip
+    return make_plan(sizes, block_table, seq_lens, seq_lens.tolist(), cuts, method)
+
+
+def check_method(method: str | None) -> None:
+    if method not in (*METHODS, None):
+        raise wrong("method", repr(method), "'absorbed', 'expanded' or None")
+
 
 def make_plan(
     sizes: Sizes,
@@ -97,7 +166,7 @@ def make_plan(
     if which:
         steps = expanded.prepare(
             sizes.dims, sizes.dtype, block_table, (sizes.num_pages, sizes.page_size), lens, cuts,
-            which, causal=sizes.causal, workspace_bytes=sizes.workspace_bytes,
+            which, tokens=sizes.tokens, causal=sizes.causal, workspace_bytes=sizes.workspace_bytes,
         )  # fmt: skip
         others = [i for i, found in enumerate(methods) if found == "absorbed" and new[i]]
         if others:

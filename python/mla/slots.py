@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .chunks import Chunk
 
+
 def slots_of(
     chunks: Sequence[Chunk], block_table: Tensor, page_size: int, num_pages: int
 ) -> list[Tensor]:
@@ -47,7 +48,7 @@ def gather(cache: Tensor, slots: Tensor) -> Tensor:
     (wide,) = wider(cache)
     if cache.shape[0] == 1 or cache.stride(0) == page_size * cache.stride(1):
         steps = (wide.stride(1), wide.stride(2))
-        rows = wide.as_strided((wide.shape[0] * page_size, wide.shape[2]), steps)[slots]
+        rows = wide.as_strided((wide.shape[0] * page_size, wide.shape[2]), steps).index_select(0, slots)
     else:
         rows = wide[slots // page_size, slots % page_size]
     return rows.view(cache.dtype)

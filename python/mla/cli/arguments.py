@@ -120,8 +120,19 @@ def _bench(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--planning", action="store_true", help="put the making of the plan inside the clock"
     )
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--host", action="store_true", help="instead of cases: CPU time that a call takes"
+    )
+    instead.add_argument(
+        "--prefill",
+        action="store_true",
+        help="instead of cases: both ways of prefill over new tokens, cached tokens and heads",
+    )
+    instead.add_argument(
+        "--prompt",
+        action="store_true",
+        help="instead of cases: tokens/s of a stack of layers, prompts and generation",
     )
     parser.add_argument("--repeat", type=_positive, help="samples (default: 20, on a CPU 3)")
     parser.add_argument("--dtype", type=_dtype, help="instead of the cases' own")
