@@ -177,8 +177,7 @@ def _whole(
     """KV tokens that query tokens from `first` on see without exception."""
     for at in range(first, r.tokens, most):
         to, here = min(at + most, r.tokens), begin
-        enough = exact and to - at >= LEAST_EXACT_QUERIES
-        while enough and end - here >= LEAST_EXACT_KV:
+        while exact and end - here >= LEAST_EXACT_KV:
             size = 1 << (end - here).bit_length() - 1
             yield _part(r, at, to, base, here, here + size, exact=True)
             here += size

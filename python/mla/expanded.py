@@ -76,7 +76,7 @@ def limits(dims: Dims, dtype: torch.dtype, fuses: bool, workspace_bytes: int) ->
     least = LEAST_TOKENS * (per_query + per_kv + LEAST_TOKENS * per_pair)
     if workspace_bytes < least:
         raise wrong("workspace_bytes", workspace_bytes, f"at least {least}")
-    queries = max(LEAST_TOKENS, workspace_bytes // 4 // per_query)
+    queries = max(LEAST_TOKENS, workspace_bytes // 3 // per_query)
     if per_pair:
         queries = min(queries, UNFUSED_QUERIES)
     while True:
@@ -84,6 +84,14 @@ def limits(dims: Dims, dtype: torch.dtype, fuses: bool, workspace_bytes: int) ->
         if kv >= queries or queries == LEAST_TOKENS:
             return Limits(queries, max(kv, LEAST_TOKENS))
         queries = max(LEAST_TOKENS, queries // 2)
+
+
+def cut_limits(most: Limits, cudnn: bool) -> tuple[Limits, bool]:
+    """And whether cuDNN, where it works, computes what it can."""
+    if not cudnn or most.queries < LEAST_EXACT_QUERIES or most.kv < LEAST_EXACT_KV:
+        return most, False
+    unit = 1 << most.kv.bit_length() - 2  # few pieces, whose sizes are powers of two
+    return Limits(1 << most.queries.bit_length() - 1, most.kv // unit * unit), True
 
 
 def prepare(
@@ -104,15 +112,8 @@ def prepare(
     pages: how many the cache has, and their size.
     """
     device = block_table.device
-    most = limits(dims, dtype, is_fused(device), workspace_bytes)
-    exact = (
-        most.queries >= LEAST_EXACT_QUERIES
-        and most.kv >= LEAST_EXACT_KV
-        and fused.cudnn_works(device, dtype, dims.head_dim, dims.v)
-    )
-    if exact:  # few pieces, whose sizes are powers of two
-        unit = 1 << most.kv.bit_length() - 2
-        most = Limits(most.queries, most.kv // unit * unit)
+    cudnn = fused.cudnn_works(device, dtype, dims.head_dim, dims.v)
+    most, exact = cut_limits(limits(dims, dtype, is_fused(device), workspace_bytes), cudnn)
     requests = seen_requests(lens, cuts, which, causal)
     made = chunks(requests, most, exact)
     slots = slots_of(made, block_table, pages[1], pages[0]) if made else []

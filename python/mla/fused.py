@@ -59,17 +59,13 @@ def ragged(queries: Sequence[int], keys: Sequence[int], device: torch.device) ->
     most_q, rows = max(queries), None
     if len(queries) > 1:
         room = -(-most_q // _LSE_ROWS) * _LSE_ROWS
-        behind = torch.tensor(
-            [i * room - cut for i, cut in enumerate(cuts[0][:-1])], device=device
-        )
+        behind = torch.tensor([i * room - cut for i, cut in enumerate(cuts[0][:-1])], device=device)
         owners = torch.repeat_interleave(cuts_q.diff(), output_size=cuts[0][-1])
         rows = torch.arange(cuts[0][-1], device=device) + behind[owners]
     return Ragged(cuts_q, cuts_k, most_q, max(keys), rows)
 
 
-def efficient(
-    q: Tensor, k: Tensor, v: Tensor, ragged: Ragged, scale: float, causal: bool
-) -> State:
+def efficient(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged, scale: float, causal: bool) -> State:
     """As cudnn, for several requests; causal: the last query of a request sees all its keys, each
     one before it one fewer."""
     o, lse = torch.ops.aten._efficient_attention_forward(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,8 @@ from .prefill_plan import (
     Method,
     PrefillPlan,
     Sizes,
-    check_method,
     cheaper_of,
+    check_method,
     make_plan,
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -115,7 +116,7 @@ def plan_prefill(
     dtype, num_pages, page_size: of the cache.
     s: new tokens of each request. A ragged query has `cu_seqlens_q` and `tokens`, q.shape[0],
         instead.
-    causal, method, workspace_bytes: as for `prefill`, whose calls with this plan must have the same.
+    causal, method, workspace_bytes: as for `prefill`, whose calls with this plan have the same.
 
     Raises TypeError and ValueError for arguments that do not fit.
     """
@@ -134,8 +135,9 @@ def plan_prefill(
         cuts = [i * step for i in range(b + 1)]
     else:
         cuts = cu_seqlens_q.tolist()
+    tokens = cuts[-1] if tokens is None else check_size("tokens", tokens, 0)
     sizes = Sizes(
-        dims.dims, dtype, device, b, cuts[-1] if tokens is None else check_size("tokens", tokens, 0),
+        dims.dims, dtype, device, b, tokens,
         block_table.shape[1], check_size("num_pages", num_pages, 0),
         check_size("page_size", page_size, 1), causal,
         check_size("workspace_bytes", workspace_bytes, 1),
@@ -159,7 +161,7 @@ def make_plan(
     """lens, cuts: the values of seq_lens and cu_seqlens_q; clamped here."""
     lens = [min(max(n, 0), sizes.reach) for n in lens]
     cuts = [min(max(n, 0), sizes.tokens) for n in cuts]
-    new = [max(end - begin, 0) for begin, end in zip(cuts, cuts[1:], strict=False)]
+    new = [max(end - begin, 0) for begin, end in pairwise(cuts)]
     methods = tuple(method or cheaper_of(sizes, s, n) for s, n in zip(new, lens, strict=True))
     which = [i for i, found in enumerate(methods) if found == "expanded"]
     steps, absorbed = None, None

@@ -41,14 +41,15 @@ def slots_of(
 
 
 def gather(cache: Tensor, slots: Tensor) -> Tensor:
-    """Rows [n, columns] of a cache [pages, page_size, columns] or [pages, page_size, 1, columns]."""
+    """Rows [n, columns] of a cache [pages, page_size, columns], or [pages, page_size, 1, columns]."""
     if cache.dim() == 4:
         cache = cache[:, :, 0]
     page_size = cache.shape[1]
     (wide,) = wider(cache)
     if cache.shape[0] == 1 or cache.stride(0) == page_size * cache.stride(1):
         steps = (wide.stride(1), wide.stride(2))
-        rows = wide.as_strided((wide.shape[0] * page_size, wide.shape[2]), steps).index_select(0, slots)
+        flat = wide.as_strided((wide.shape[0] * page_size, wide.shape[2]), steps)
+        rows = flat.index_select(0, slots)
     else:
         rows = wide[slots // page_size, slots % page_size]
     return rows.view(cache.dtype)

@@ -97,9 +97,7 @@ def test_in_chunks(megabytes: int, device: torch.device) -> None:
     """Several chunks before the new tokens and among them, merged."""
     case = Case((3000, 900), (1000, 900), dims=replace(BIG, heads=16), page_size=64)
     problem = make_prefill(case, device)
-    problem.check(
-        mla.prefill(**problem.kwargs, method="expanded", workspace_bytes=megabytes << 20)
-    )
+    problem.check(mla.prefill(**problem.kwargs, method="expanded", workspace_bytes=megabytes << 20))
 
 
 @each_method

@@ -161,7 +161,7 @@ def _write_files(
     peer_times: dict[str, dict[str, float]],
 ) -> None:
     """The files asked for. Of several runs each has its own, named after it."""
-    conditions = conditions_of(device, METHOD if floors else "wall clock around one call") | {
+    conditions = conditions_of(device, METHOD if floors else prefill_sweep.ON_CPU_METHOD) | {
         "planning": "inside the clock" if args.planning else "before the clock",
         "floors": asdict(floors) if floors else None,
     }

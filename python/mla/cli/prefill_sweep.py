@@ -6,7 +6,6 @@ import json
 from argparse import Namespace
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -39,6 +38,7 @@ METHOD = (
     "one request in bf16; both methods in turns; events around one call, plan before the clock, "
     "output allocation inside, after a read of 256 MB and a sleep on the device"
 )
+ON_CPU_METHOD = "wall clock around one call"
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,7 @@ class Inputs:
         self.cache = normal(pages, PAGE_SIZE, d.d_qk)
         self.table = torch.randperm(pages, generator=generator, device=device).int()[None]
         self.q = {h: (normal(1, most, h, d.nope), normal(1, most, h, d.rope)) for h in heads}
-        self.w_kv_b = {
-            h: normal(h * (d.nope + d.v), d.kv_lora) * d.kv_lora**-0.5 for h in heads
-        }
+        self.w_kv_b = {h: normal(h * (d.nope + d.v), d.kv_lora) * d.kv_lora**-0.5 for h in heads}
 
     def plan(self, heads: int, new: int, cached: int, method: Method) -> mla.PrefillPlan:
         return mla.plan_prefill(
@@ -112,9 +110,8 @@ def run(args: Namespace, device: torch.device) -> int:
     console.print(_table(device, points))
     if args.json:
         write(args.json, points)
-        write_conditions(
-            args.json.with_name(f"{args.json.stem}.meta.json"), conditions_of(device, METHOD if on_gpu else "wall clock around one call")
-        )
+        path = args.json.with_name(f"{args.json.stem}.meta.json")
+        write_conditions(path, conditions_of(device, METHOD if on_gpu else ON_CPU_METHOD))
         console.print(f"wrote {args.json}")
     return 0
 
@@ -157,9 +154,7 @@ def write(path: Path, points: Iterable[Point]) -> None:
     def rounded(times: dict[Method, float]) -> dict[str, float]:
         return {method: round(us, 1) for method, us in times.items()}
 
-    lines = [
-        {**vars(p), "us": rounded(p.us), "plan_us": rounded(p.plan_us)} for p in points
-    ]
+    lines = [{**vars(p), "us": rounded(p.us), "plan_us": rounded(p.plan_us)} for p in points]
     path.write_text("[\n" + ",\n".join(map(json.dumps, lines)) + "\n]\n", encoding="utf-8")
 
 

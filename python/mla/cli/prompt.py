@@ -147,9 +147,7 @@ def _buffer_mb(way: Contender, hidden: Tensor, piece: tuple[int, int]) -> float:
     return (torch.cuda.max_memory_allocated(hidden.device) - before) / 2**20
 
 
-def _captured(
-    way: Contender, hidden: Tensor, pieces: list[tuple[int, int]]
-) -> Callable[[], None]:
+def _captured(way: Contender, hidden: Tensor, pieces: list[tuple[int, int]]) -> Callable[[], None]:
     """Steps as CUDA graphs, which share their memory. Their first replays are done."""
     graphs: list[tuple[torch.cuda.CUDAGraph, Step, Tensor]] = []  # with what they read and write
     pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]

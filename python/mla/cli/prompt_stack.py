@@ -33,9 +33,7 @@ def lite_config() -> LayerConfig:
     )  # fmt: skip
 
 
-def make_layers(
-    count: int, capacity: int, device: torch.device
-) -> list[MultiHeadLatentAttention]:
+def make_layers(count: int, capacity: int, device: torch.device) -> list[MultiHeadLatentAttention]:
     """Random weights; one table of angles."""
     config = lite_config()
     assert config.rotary is not None
@@ -137,10 +135,12 @@ def _matmul_layer(
 ) -> Tensor:
     """cache: [h, n, nope + rope + v], whose last rows are written to."""
     c, s = layer.config, len(hidden)
-    assert c.rotary is not None and layer.cos_sin is not None
+    assert c.rotary is not None
+    assert layer.cos_sin is not None
     latent, k_rope = layer.latents(hidden)
     q_nope, q_rope = layer.queries(hidden, positions)
-    assert k_rope is not None and q_rope is not None
+    assert k_rope is not None
+    assert q_rope is not None
     new = layer.kv_b_proj(latent).view(s, c.heads, c.nope + c.v).transpose(0, 1)
     rows = cache[:, -s:]
     rows[..., : c.nope], rows[..., c.head_dim :] = new[..., : c.nope], new[..., c.nope :]
