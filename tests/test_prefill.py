@@ -12,10 +12,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mla import expanded, fused
+from mla import expanded_steps, fused
 from mla.chunks import Limits, exact_queries
 from mla.models import MODELS
-from mla.prefill_plan import WORKSPACE_BYTES
+from mla.prefill_choice import WORKSPACE_BYTES
 from prefilling import CASES, Case, Dims, Problem, make_prefill
 from torch import Tensor
 
@@ -64,7 +64,7 @@ def test_any_lengths_and_steps(
     case = Case(tuple(lens), new, dims, page_size, torch.float32, causal)
     problem = make_prefill(case)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(expanded, "limits", lambda *_: Limits(queries, kv))
+        patch.setattr(expanded_steps, "limits", lambda *_: Limits(queries, kv))
         problem.check(mla.prefill(**problem.kwargs, method="expanded"))
 
 
@@ -88,7 +88,7 @@ def test_with_a_kernel_that_is_prepared_for_sizes(
         return fused.products(q, k, v, scale, causal)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(expanded, "limits", lambda *_: Limits(*limits))
+        patch.setattr(expanded_steps, "limits", lambda *_: Limits(*limits))
         patch.setattr(fused, "cudnn_works", lambda *_: True)
         patch.setattr(fused, "cudnn", cudnn)
         result = mla.prefill(**problem.kwargs, method="expanded")
@@ -107,7 +107,7 @@ def test_a_step_fits_its_memory(name: str, heads: int, megabytes: int, fused: bo
     """Queries, keys, values, what they are made of and results, all there at one time."""
     model = replace(MODELS[name], heads=heads)
     try:
-        limits = expanded.limits(model, torch.bfloat16, fused, megabytes << 20)
+        limits = expanded_steps.limits(model, torch.bfloat16, fused, megabytes << 20)
     except ValueError:
         assert heads * 16 * 16 * 2 * 2000 > megabytes << 20
         return
@@ -208,6 +208,6 @@ class TestArguments:
     def test_default_memory(self) -> None:
         """One step of 128 heads has thousands of tokens."""
         dims = replace(MODELS["DeepSeek-V3"], heads=128)
-        limits = expanded.limits(dims, torch.bfloat16, True, WORKSPACE_BYTES)
+        limits = expanded_steps.limits(dims, torch.bfloat16, True, WORKSPACE_BYTES)
         assert limits.queries > 500
         assert limits.kv > 2000

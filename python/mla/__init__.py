@@ -12,6 +12,7 @@ from .layer_config import LayerConfig
 from .merge import merge_states
 from .plan import Plan, plan
 from .prefill import Prefill, prefill
+from .prefill_explain import explain_prefill
 from .prefill_plan import PrefillPlan, plan_prefill
 from .preload import preload
 from .variants import variants
@@ -31,6 +32,7 @@ __all__ = [
     "append",
     "decode",
     "explain",
+    "explain_prefill",
     "info",
     "merge_states",
     "nn",

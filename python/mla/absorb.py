@@ -77,6 +77,11 @@ def expand_output(o_latent: Tensor, w_uv: Tensor) -> Tensor:
     return _by_head(o_latent, w_uv.transpose(1, 2))
 
 
+def absorbed_bytes(heads: int, kv_lora: int, v: int, dtype: torch.dtype) -> int:
+    """Of a query token's absorbed query, output over latents, values of heads and log-sum-exp."""
+    return heads * ((2 * kv_lora + v) * dtype.itemsize + 4)
+
+
 def _by_head(x: Tensor, weights: Tensor) -> Tensor:
     """x [.., heads, a], weights [heads, a, b] -> [.., heads, b]."""
     rows = x.flatten(0, -3).transpose(0, 1)

@@ -14,6 +14,8 @@ from typing import NamedTuple
 # and powers of two of KV tokens. What is left of the KV goes to another kernel.
 LEAST_EXACT_QUERIES = 128
 LEAST_EXACT_KV = 256
+# Products of 5 to 31 rows take longer than those of 32.
+FILLED_TOKENS, UNFILLED_TOKENS = 32, 4
 
 
 class Span(NamedTuple):
@@ -56,7 +58,8 @@ class Request(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        return self.rows.stop - self.rows.start
+        tokens: int = self.rows.stop - self.rows.start
+        return tokens
 
 
 class Limits(NamedTuple):
@@ -83,7 +86,7 @@ def seen_requests(
 
 def exact_queries(tokens: int) -> int:
     """`tokens`, rounded up to a size that kernels are prepared for."""
-    step = max(1 << max(tokens - 1, 0).bit_length() >> 3, LEAST_EXACT_QUERIES >> 2)
+    step: int = max(1 << max(tokens - 1, 0).bit_length() >> 3, LEAST_EXACT_QUERIES >> 2)
     return max(-(-tokens // step) * step, LEAST_EXACT_QUERIES)
 
 
@@ -95,14 +98,14 @@ def chunks(requests: Sequence[Request], limits: Limits, exact: bool) -> list[Chu
     for request in requests:
         alone = exact and request.tokens >= LEAST_EXACT_QUERIES
         if alone or request.tokens > limits.queries or request.length > limits.kv:
-            found += [*_shared(few), *_alone(request, limits, alone)]
+            found += [*_shared(few, limits), *_alone(request, limits, alone)]
             few = []
         elif few and not _fits(few, request, limits):
-            found += _shared(few)
+            found += _shared(few, limits)
             few = [request]
         else:
             few.append(request)
-    return [*found, *_shared(few)]
+    return [*found, *_shared(few, limits)]
 
 
 def _fits(few: Sequence[Request], request: Request, limits: Limits) -> bool:
@@ -115,7 +118,7 @@ def _fits(few: Sequence[Request], request: Request, limits: Limits) -> bool:
     )
 
 
-def _shared(few: Sequence[Request]) -> Iterator[Chunk]:
+def _shared(few: Sequence[Request], limits: Limits) -> Iterator[Chunk]:
     """Nothing, or one chunk with all KV of some requests."""
     if not few:
         return
@@ -125,6 +128,8 @@ def _shared(few: Sequence[Request]) -> Iterator[Chunk]:
         keys = slice(at, at + r.length)
         parts.append(Part(r.number, r.rows, keys, 0, r.past < r.length, False))
         at += r.length
+    if at > UNFILLED_TOKENS:
+        at = max(at, min(FILLED_TOKENS, limits.kv))
     yield Chunk(spans, parts, at)
 
 

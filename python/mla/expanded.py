@@ -9,145 +9,18 @@ them, and rope columns are written once for each head. Nothing is copied again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from . import fused
-from .checks import wrong
-from .chunks import (
-    LEAST_EXACT_KV,
-    LEAST_EXACT_QUERIES,
-    Chunk,
-    Limits,
-    Part,
-    chunks,
-    exact_queries,
-    seen_requests,
-)
+from .chunks import Part, exact_queries
+from .expanded_steps import Step, Steps, is_fused
 from .fused import Ragged, State
-from .layer_config import Dims
 from .merge import merge_states
 from .prefill_inputs import NewTokens
-from .slots import gather, slots_of, wider
-
-LEAST_TOKENS = 16  # of query and KV in one step
-UNFUSED_QUERIES = 128  # query tokens of a step whose logits are in memory
-
-
-@dataclass(frozen=True)
-class Step:
-    """A chunk, where its KV tokens lie, and for each of its attentions what the kernel is told
-    beside tensors; one attention has all parts of a batched chunk."""
-
-    chunk: Chunk
-    slots: Tensor
-    ragged: list[Ragged | None]
-
-
-@dataclass(frozen=True)
-class Steps:
-    """All that some requests go through."""
-
-    steps: list[Step]
-    whole: bool  # each query token of theirs sees something
-    alone: bool  # one attention gives the results of all query tokens of the call
-    attention: str  # what computes it
-
-
-def is_fused(device: torch.device) -> bool:
-    """Whether a kernel of torch's does it; else matrix products and a softmax."""
-    return device.type == "cuda"
-
-
-def limits(dims: Dims, dtype: torch.dtype, fuses: bool, workspace_bytes: int) -> Limits:
-    """The tokens whose queries, keys, values and results fit. ValueError if hardly any do."""
-    size, heads, v = dtype.itemsize, dims.heads, dims.v
-    # The memory-efficient attention adds up wide values in float32.
-    per_query = heads * (size * (dims.head_dim + v) + 4 * v + 4)
-    per_kv = size * (dims.d_qk + heads * (dims.head_dim + v))
-    per_pair = 0
-    if not fuses:  # operands in float32; logits, probabilities and one more of the size
-        per_query += 4 * heads * (dims.head_dim + v)
-        per_kv += 4 * heads * (dims.head_dim + v)
-        per_pair = 12 * heads
-    least = LEAST_TOKENS * (per_query + per_kv + LEAST_TOKENS * per_pair)
-    if workspace_bytes < least:
-        raise wrong("workspace_bytes", workspace_bytes, f"at least {least}")
-    queries = max(LEAST_TOKENS, workspace_bytes // 3 // per_query)
-    if per_pair:
-        queries = min(queries, UNFUSED_QUERIES)
-    while True:
-        kv = (workspace_bytes - queries * per_query) // (per_kv + queries * per_pair)
-        if kv >= queries or queries == LEAST_TOKENS:
-            return Limits(queries, max(kv, LEAST_TOKENS))
-        queries = max(LEAST_TOKENS, queries // 2)
-
-
-def cut_limits(most: Limits, cudnn: bool) -> tuple[Limits, bool]:
-    """And whether cuDNN, where it works, computes what it can."""
-    if not cudnn or most.queries < LEAST_EXACT_QUERIES or most.kv < LEAST_EXACT_KV:
-        return most, False
-    unit = 1 << most.kv.bit_length() - 2  # few pieces, whose sizes are powers of two
-    return Limits(1 << most.queries.bit_length() - 1, most.kv // unit * unit), True
-
-
-def prepare(
-    dims: Dims,
-    dtype: torch.dtype,
-    block_table: Tensor,
-    pages: tuple[int, int],
-    lens: Sequence[int],
-    cuts: Sequence[int],
-    which: Sequence[int],
-    *,
-    tokens: int,
-    causal: bool,
-    workspace_bytes: int,
-) -> Steps:
-    """Of requests `which`, with KV tokens `lens` and query tokens by `cuts`, of `tokens` in all.
-
-    pages: how many the cache has, and their size.
-    """
-    device = block_table.device
-    cudnn = fused.cudnn_works(device, dtype, dims.head_dim, dims.v)
-    most, exact = cut_limits(limits(dims, dtype, is_fused(device), workspace_bytes), cudnn)
-    requests = seen_requests(lens, cuts, which, causal)
-    made = chunks(requests, most, exact)
-    slots = slots_of(made, block_table, pages[1], pages[0]) if made else []
-    steps = [Step(c, s, _ragged(c, device)) for c, s in zip(made, slots, strict=True)]
-    seen = sum(request.tokens for request in requests)
-    names = [_name(part, device) for chunk in made for part in chunk.parts]
-    return Steps(
-        steps,
-        seen == sum(max(cuts[i + 1] - cuts[i], 0) for i in which),
-        len(steps) == 1 and len(steps[0].ragged) == 1 and seen == tokens,
-        " and ".join(dict.fromkeys(names)),
-    )
-
-
-def _name(part: Part, device: torch.device) -> str:
-    if part.exact:
-        return fused.CUDNN
-    return fused.EFFICIENT if is_fused(device) else fused.PRODUCTS
-
-
-def _ragged(chunk: Chunk, device: torch.device) -> list[Ragged | None]:
-    """Of each attention, where the kernel asks for it."""
-    if not is_fused(device):
-        return [None] * len(chunk.parts)
-    if chunk.batched:
-        return [fused.ragged(*zip(*map(_sizes, chunk.parts), strict=True), device)]
-    return [
-        None if part.exact else fused.ragged(*([size] for size in _sizes(part)), device)
-        for part in chunk.parts
-    ]
-
-
-def _sizes(part: Part) -> tuple[int, int]:
-    return part.queries.stop - part.queries.start, part.keys.stop - part.keys.start
+from .slots import gather, wider
 
 
 def attend(new: NewTokens, steps: Steps, scale: float) -> State:

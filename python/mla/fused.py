@@ -94,7 +94,7 @@ def cudnn_works(device: torch.device, dtype: torch.dtype, d_qk: int, d_v: int) -
 
     Not what torch.backends.cuda.enable_cudnn_sdp(False) turns off later.
     """
-    if device.type != "cuda" or not torch.backends.cudnn.is_available():
+    if device.type != "cuda" or not torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if torch.cuda.get_device_capability(device)[0] * 10 < MIN_CUDNN_SM:
         return False
@@ -105,7 +105,7 @@ def cudnn_works(device: torch.device, dtype: torch.dtype, d_qk: int, d_v: int) -
     generator = torch.Generator(device).manual_seed(0)
     shapes = ((n, h, d_qk), (n, h, d_qk + d_v))
     q, kv = (torch.randn(s, generator=generator, device=device).to(dtype) for s in shapes)
-    k, v = kv.split((d_qk, d_v), -1)
+    k, v = kv[..., :d_qk], kv[..., d_qk:]
     for causal in (True, False):
         try:
             got = cudnn(q, k, v, d_qk**-0.5, causal)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .absorb import absorbed_bytes
 from .api import decode
 from .append import append
 from .checks import wrong
 from .inputs import TensorOrPair, parts
 from .plan import Plan
-from .prefill import absorbed_at_once, absorbed_bytes, prefill
-from .prefill_plan import WORKSPACE_BYTES, Method, PrefillPlan, Sizes
+from .prefill import prefill
+from .prefill_choice import WORKSPACE_BYTES, Sizes, absorbed_at_once
+from .prefill_estimate import Method
+from .prefill_plan import PrefillPlan
 from .projections import Projections, linear
 
 __all__ = ["MultiHeadLatentAttention"]
@@ -77,12 +80,13 @@ class MultiHeadLatentAttention(Projections):
         elif layers_plan is not None:
             method = "absorbed" if layers_plan.method == "absorbed" else None
         elif method is None:
-            pages = parts("kv_cache", "latent, rope", kv_cache)[0].shape
+            num_pages, page_size = parts("kv_cache", "latent, rope", kv_cache)[0].shape[:2]
             sizes = Sizes(
                 c.dims, hidden.dtype, hidden.device, len(seq_lens), tokens,
-                block_table.shape[1], *pages[:2], True, workspace_bytes,
+                block_table.shape[1], num_pages, page_size, True, workspace_bytes,
             )  # fmt: skip
-            method = "absorbed" if absorbed_at_once(sizes) else None
+            most = positions.shape[1] if cu_seqlens_q is None else tokens
+            method = "absorbed" if absorbed_at_once(sizes, most) else None
         step_bytes = tokens * absorbed_bytes(c.heads, c.kv_lora, c.v, hidden.dtype)
         if method == "absorbed" and (step_bytes <= workspace_bytes or decode_plan is not None):
             o_latent = decode(

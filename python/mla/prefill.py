@@ -8,22 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import expanded, launch, log
-from .absorb import absorb_query
+from . import expanded, log
+from .absorb import absorb_query, absorbed_bytes
 from .api import decode
 from .checks import check_size, wrong
 from .inputs import TensorOrPair
+from .prefill_choice import WORKSPACE_BYTES, Sizes, absorbed_at_once, check_method
+from .prefill_estimate import Method
 from .prefill_inputs import NewTokens
-from .prefill_plan import (
-    WORKSPACE_BYTES,
-    Absorbed,
-    Method,
-    PrefillPlan,
-    Sizes,
-    cheaper_of,
-    check_method,
-    make_plan,
-)
+from .prefill_plan import Absorbed, PrefillPlan, make_plan
 
 _DECODE = "mla.decode"
 LEAST_TOKENS = 16  # of an absorbed step
@@ -89,7 +82,8 @@ def prefill(
         if method is not None:
             raise wrong("plan", "a plan", "None with a method or a variant")
         plan.check_fits(sizes)
-    if plan is None and (method or not absorbed_at_once(sizes)) and method != "absorbed":
+    most = new.shape[1] if cu_seqlens_q is None else sizes.tokens
+    if plan is None and (method or not absorbed_at_once(sizes, most)) and method != "absorbed":
         plan = make_plan(
             sizes, block_table, seq_lens, seq_lens.tolist(), new.cu_seqlens_q.tolist(), method
         )
@@ -109,15 +103,6 @@ def prefill(
         tokens = f"{sizes.tokens} new tokens of {sizes.b} requests"
         log.once(("prefill", ran), lambda: f"prefill, {tokens}: {ran.method} by {ran.attention}")
     return Prefill(out.view(*new.shape, new.v), lse.view(new.shape), *ran)
-
-
-def absorbed_at_once(sizes: Sizes) -> bool:
-    """Whether no request is worth reading lengths for, or nobody may."""
-    if not sizes.decodes:
-        return False
-    if sizes.device.type == "cuda" and launch.capturing(sizes.device):
-        return True
-    return cheaper_of(sizes, sizes.tokens, sizes.reach) == "absorbed"
 
 
 class Step(NamedTuple):
@@ -154,11 +139,6 @@ def _absorbed_among(
     some_lse = lse.new_empty(len(rows), lse.shape[1])
     _absorbed(some, some_out, some_lse, step)
     out[rows], lse[rows] = some_out, some_lse
-
-
-def absorbed_bytes(heads: int, kv_lora: int, v: int, dtype: torch.dtype) -> int:
-    """Of a query token's absorbed query, output over latents, values of heads and log-sum-exp."""
-    return heads * ((2 * kv_lora + v) * dtype.itemsize + 4)
 
 
 def _absorbed(new: NewTokens, out: Tensor, lse: Tensor, options: Step) -> None:

@@ -10,56 +10,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from . import expanded
-from .checks import (
-    D_V,
-    DTYPES,
-    check_index,
-    check_lengths,
-    check_size,
-    check_tensor,
-    wrong,
-)
-from .expanded import Steps
+from . import expanded_steps
+from .checks import DTYPES, check_index, check_lengths, check_size, check_tensor, wrong
+from .expanded_steps import Steps
 from .layer_config import Dims
-from .prefill_inputs import WIDE_DTYPES, NewTokens
-
-Method = Literal["absorbed", "expanded"]
-METHODS: tuple[Method, ...] = ("absorbed", "expanded")
-WORKSPACE_BYTES = 512 << 20
-
-
-class Sizes(NamedTuple):
-    """What a plan is for, beside lengths."""
-
-    dims: Dims
-    dtype: torch.dtype
-    device: torch.device
-    b: int
-    tokens: int  # query tokens of all requests
-    max_pages: int
-    num_pages: int
-    page_size: int
-    causal: bool
-    workspace_bytes: int
-
-    @classmethod
-    def of(cls, new: NewTokens, causal: bool, workspace_bytes: int) -> Sizes:
-        q, table, pages = new.q_nope, new.block_table, new.cache.shape
-        return cls(
-            new.dims, q.dtype, q.device, table.shape[0], q.shape[0], table.shape[1], *pages[:2],
-            causal, workspace_bytes,
-        )  # fmt: skip
-
-    @property
-    def reach(self) -> int:
-        """KV tokens of the longest request that there can be."""
-        return self.max_pages * self.page_size if self.num_pages else 0
-
-    @property
-    def decodes(self) -> bool:
-        """Whether `decode` has kernels for them."""
-        return self.dtype in DTYPES and D_V.get(self.dims.d_qk) == self.dims.kv_lora
+from .prefill_choice import WORKSPACE_BYTES, Sizes, cheaper_of, check_method
+from .prefill_estimate import Method
+from .prefill_inputs import WIDE_DTYPES
 
 
 class Absorbed(NamedTuple):
@@ -82,10 +39,9 @@ class PrefillPlan:
 
     @property
     def method(self) -> Literal["absorbed", "expanded", "both"]:
-        kinds = set(self.methods)
-        if len(kinds) > 1:
-            return "both"
-        return "absorbed" if kinds == {"absorbed"} else "expanded"
+        if self.steps is None:
+            return "absorbed"
+        return "expanded" if self.absorbed is None else "both"
 
     def check_fits(self, sizes: Sizes) -> None:
         """ValueError if it is not for the call."""
@@ -122,20 +78,19 @@ def plan_prefill(
     """
     check_tensor("seq_lens", seq_lens)
     device = seq_lens.device
-    if (s is None) == (cu_seqlens_q is None) or (tokens is None) == (cu_seqlens_q is not None):
-        raise ValueError("s, cu_seqlens_q: expected s, or else cu_seqlens_q and tokens")
     if dtype not in (*DTYPES, *WIDE_DTYPES):
         raise TypeError(f"dtype: got {dtype}, expected torch.bfloat16 or torch.float16")
     check_lengths(seq_lens, cu_seqlens_q, None, device)
     check_index("block_table", block_table, (len(seq_lens), None), device, "[{}, max_pages]")
     check_method(method)
     b = len(seq_lens)
-    if cu_seqlens_q is None:
+    if cu_seqlens_q is not None and tokens is not None:
+        cuts, tokens = cu_seqlens_q.tolist(), check_size("tokens", tokens, 0)
+    elif s is not None and cu_seqlens_q is None:
         step = check_size("s", s, 0)
-        cuts = [i * step for i in range(b + 1)]
+        cuts, tokens = [i * step for i in range(b + 1)], b * step
     else:
-        cuts = cu_seqlens_q.tolist()
-    tokens = cuts[-1] if tokens is None else check_size("tokens", tokens, 0)
+        raise ValueError("s: expected it, or else cu_seqlens_q and tokens")
     sizes = Sizes(
         dims.dims, dtype, device, b, tokens,
         block_table.shape[1], check_size("num_pages", num_pages, 0),
@@ -143,11 +98,6 @@ def plan_prefill(
         check_size("workspace_bytes", workspace_bytes, 1),
     )  # fmt: skip
     return make_plan(sizes, block_table, seq_lens, seq_lens.tolist(), cuts, method)
-
-
-def check_method(method: str | None) -> None:
-    if method not in (*METHODS, None):
-        raise wrong("method", repr(method), "'absorbed', 'expanded' or None")
 
 
 def make_plan(
@@ -166,7 +116,7 @@ def make_plan(
     which = [i for i, found in enumerate(methods) if found == "expanded"]
     steps, absorbed = None, None
     if which:
-        steps = expanded.prepare(
+        steps = expanded_steps.prepare(
             sizes.dims, sizes.dtype, block_table, (sizes.num_pages, sizes.page_size), lens, cuts,
             which, tokens=sizes.tokens, causal=sizes.causal, workspace_bytes=sizes.workspace_bytes,
         )  # fmt: skip
@@ -188,10 +138,11 @@ def _absorbed(
     starts = [0]
     for i in which:
         starts.append(starts[-1] + new[i])
-    rows: slice | Tensor = slice(cuts[first], cuts[last] + new[last])
-    if sum(new[first : last + 1]) == starts[-1] == rows.stop - rows.start:
+    begin, end = cuts[first], cuts[last] + new[last]
+    rows: slice | Tensor = slice(begin, end)
+    if sum(new[first : last + 1]) == starts[-1] == end - begin:
         own: slice | Tensor = slice(first, last + 1)
-        starts = [cut - cuts[first] for cut in (*cuts[first : last + 1], rows.stop)]
+        starts = [cut - begin for cut in (*cuts[first : last + 1], end)]
     else:
         own = torch.tensor(which, device=device)
         rows = torch.tensor(
@@ -203,12 +154,3 @@ def _absorbed(
         seq_lens[own],
         torch.tensor(starts, dtype=torch.int32, device=device),
     )
-
-
-def cheaper_of(sizes: Sizes, new: int, length: int) -> Method:
-    d = sizes.dims
-    if not sizes.decodes:
-        return "expanded"
-    saved = (2 * d.kv_lora + d.rope) - (d.nope + d.rope + d.v)
-    made = 2 * d.kv_lora * (d.nope + d.v)
-    return "expanded" if saved > 0 and new * saved >= made else "absorbed"

@@ -19,7 +19,7 @@ def slots_of(
     """
     spans = [span for chunk in chunks for span in chunk.spans]
     counts = [span.end - span.begin for span in spans]
-    ends = []  # of each chunk's spans, counted through
+    ends: list[int] = []  # of each chunk's spans, counted through
     for chunk in chunks:
         ends.append((ends[-1] if ends else 0) + len(chunk.spans))
         counts[ends[-1] - 1] += chunk.tokens - sum(s.end - s.begin for s in chunk.spans)
@@ -37,11 +37,11 @@ def slots_of(
     places = torch.minimum(places, lasts[owners])
     pages = block_table[requests[owners], places // page_size].long().clamp_(0, num_pages - 1)
     slots = pages * page_size + places % page_size
-    return list(slots.split([chunk.tokens for chunk in chunks]))
+    return list(torch.split(slots, [chunk.tokens for chunk in chunks]))
 
 
 def gather(cache: Tensor, slots: Tensor) -> Tensor:
-    """Rows [n, columns] of a cache [pages, page_size, columns], or [pages, page_size, 1, columns]."""
+    """Rows [n, columns] of a cache [pages, page_size, columns], or with a 1 before the last."""
     if cache.dim() == 4:
         cache = cache[:, :, 0]
     page_size = cache.shape[1]

@@ -19,7 +19,8 @@ from torch import Tensor
 import mla
 from mla.layer_config import Dims
 from mla.models import MODELS
-from mla.prefill_plan import METHODS, Method
+from mla.prefill_choice import METHODS
+from mla.prefill_estimate import Method
 
 from .arguments import UsageError
 from .console import console, make_progress, make_table
@@ -32,7 +33,7 @@ HEADS = (16, 128)
 NEW = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
 CACHED = (0, 512, 2048, 8192, 32768, 65536)
 ON_CPU = ((16,), (1, 48, 96), (0, 200))
-PAGE_SIZE = 64
+DTYPE, PAGE_SIZE = torch.bfloat16, 64
 LONG_US, LONG_REPEAT = 10_000.0, 3  # calls that take longer are measured fewer times
 METHOD = (
     "one request in bf16; both methods in turns; events around one call, plan before the clock, "
@@ -65,7 +66,7 @@ class Inputs:
         pages = -(-longest // PAGE_SIZE)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
+            return torch.randn(shape, generator=generator, device=device, dtype=DTYPE)
 
         d = DIMS
         self.cache = normal(pages, PAGE_SIZE, d.d_qk)
@@ -77,7 +78,7 @@ class Inputs:
         return mla.plan_prefill(
             *self._where(new + cached),
             dims=replace(DIMS, heads=heads),
-            dtype=self.cache.dtype,
+            dtype=DTYPE,
             num_pages=len(self.cache),
             page_size=PAGE_SIZE,
             s=new,
@@ -119,7 +120,9 @@ def run(args: Namespace, device: torch.device) -> int:
 def _measured(
     inputs: Inputs, timer: GpuTimer | CpuTimer, heads: int, new: int, cached: int
 ) -> Point:
-    calls, plan_us, attention = {}, {}, ""
+    calls: dict[str, Callable[[], Any]] = {}
+    plan_us: dict[Method, float] = {}
+    attention = ""
     for method in METHODS:
         seconds = []
         for _ in range(3):
@@ -134,7 +137,7 @@ def _measured(
         timer.repeat = min(usual, LONG_REPEAT)
     times = measure(timer, calls)
     timer.repeat = usual
-    us = {method: timing.us for method, timing in times.items()}
+    us = {method: times[method].us for method in METHODS}
     return Point(heads, new, cached, us, plan_us, attention)
 
 

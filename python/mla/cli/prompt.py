@@ -150,7 +150,7 @@ def _buffer_mb(way: Contender, hidden: Tensor, piece: tuple[int, int]) -> float:
 def _captured(way: Contender, hidden: Tensor, pieces: list[tuple[int, int]]) -> Callable[[], None]:
     """Steps as CUDA graphs, which share their memory. Their first replays are done."""
     graphs: list[tuple[torch.cuda.CUDAGraph, Step, Tensor]] = []  # with what they read and write
-    pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+    pool = torch.cuda.graph_pool_handle()
     for s, depth in pieces:
         step, graph = way.step(hidden[:, :s], depth), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):

@@ -14,7 +14,8 @@ from mla.layer_config import LayerConfig
 from mla.models import MODELS
 from mla.nn import MultiHeadLatentAttention
 from mla.plan import Plan
-from mla.prefill_plan import Method, PrefillPlan
+from mla.prefill_estimate import Method
+from mla.prefill_plan import PrefillPlan
 from mla.projections import linear
 from mla.rope import Rotary, Yarn, rotate
 
