@@ -34,7 +34,7 @@ class Sizes(NamedTuple):
 
 
 ON_GPU = Sizes(27, 2048, (512, 1024, 2048, 4096, 8192, 16384), (0, 4096, 16384, 65535))
-ON_CPU = Sizes(2, 32, (16, 80), (0, 40))
+ON_CPU = Sizes(1, 16, (8, 40), (0, 20))
 
 
 @dataclass(frozen=True)
