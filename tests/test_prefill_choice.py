@@ -189,7 +189,7 @@ class TestFit:
         for heads in (16, 128):
             for new in (1, 16, 64, 128, 300, 1024):
                 for cached in (0, 700, 5000, 40000):
-                    attention = fused.CUDNN if new >= 128 else fused.EFFICIENT
+                    attention = fused.CUDNN if new >= 128 else fused.FLASH
                     empty = Point(heads, new, cached, {}, {"expanded": 300.0}, attention)
                     us = {
                         method: predict(costs) * math.exp(dice.gauss(0, noise))
@@ -254,7 +254,7 @@ class TestExplain:
 
     def test_of_one_never_measured(self) -> None:
         text = str(mla.explain_prefill(2048, 4096, device="RTX 4090"))
-        assert "by torch's memory-efficient attention" in text
+        assert "by torch's flash attention" in text
         assert "predicted from published figures; never measured here" in text
 
     def test_on_a_cpu(self) -> None:

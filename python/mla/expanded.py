@@ -28,7 +28,7 @@ def attend(new: NewTokens, steps: Steps, scale: float) -> State:
     `steps` are of are 0 and -inf, or undefined where `steps` are whole. So are rows of theirs that
     see nothing."""
     if steps.alone:
-        ((_, state),) = _attentions(new, steps.steps[0], scale)
+        ((_, state),) = _attentions(new, steps.steps[0], steps.kernel, scale)
         return state
     out = new.q_nope.new_empty(*new.q_nope.shape[:2], new.v)
     lse = out.new_empty(out.shape[:2], dtype=torch.float32)
@@ -36,7 +36,7 @@ def attend(new: NewTokens, steps: Steps, scale: float) -> State:
         out.zero_()
         lse.fill_(-math.inf)
     for step in steps.steps:
-        for part, (o, o_lse) in _attentions(new, step, scale):
+        for part, (o, o_lse) in _attentions(new, step, steps.kernel, scale):
             rows = part.queries
             if part.begin == 0:
                 out[rows], lse[rows] = o, o_lse
@@ -45,13 +45,15 @@ def attend(new: NewTokens, steps: Steps, scale: float) -> State:
     return State(out, lse)
 
 
-def _attentions(new: NewTokens, step: Step, scale: float) -> Iterator[tuple[Part, State]]:
+def _attentions(
+    new: NewTokens, step: Step, kernel: str, scale: float
+) -> Iterator[tuple[Part, State]]:
     """Of a chunk, each of its parts, or one for all."""
-    keys, values = _expand(new, step.slots)
+    by_head = _expand(new, step.slots)
     parts = step.chunk.parts
-    if step.chunk.batched and is_fused(keys.device):
+    if step.chunk.batched and is_fused(by_head.device):
         queries = slice(parts[0].queries.start, parts[-1].queries.stop)
-        parts = [Part(parts[0].request, queries, slice(0, len(keys)), 0, parts[0].causal, False)]
+        parts = [Part(parts[0].request, queries, slice(0, len(by_head)), 0, parts[0].causal, False)]
     q, held = None, None
     for part, ragged in zip(parts, step.ragged, strict=True):
         if held != (part.queries, part.exact):
@@ -61,18 +63,22 @@ def _attentions(new: NewTokens, step: Step, scale: float) -> Iterator[tuple[Part
         tokens = part.queries.stop - part.queries.start
         many = exact_queries(tokens) if part.exact and part.causal else 0
         own = slice(part.keys.start, max(part.keys.stop, part.keys.start + many))
-        o, lse = _attention(q, keys[own], values[own], part, ragged, scale)
+        o, lse = _attention(q, by_head[own], part, ragged, kernel, scale)
         yield part, State(o[:tokens], lse[:tokens])
 
 
 def _attention(
-    q: Tensor, keys: Tensor, values: Tensor, part: Part, ragged: Ragged | None, scale: float
+    q: Tensor, by_head: Tensor, part: Part, ragged: Ragged | None, kernel: str, scale: float
 ) -> State:
+    d = q.shape[-1]
+    keys, values = by_head[..., :d], by_head[..., d:]
     if part.exact:
         return fused.cudnn(q, keys, values, scale, part.causal)
-    if ragged is not None:
-        return fused.efficient(q, keys, values, ragged, scale, part.causal)
-    return fused.products(q, keys, values, scale, part.causal)
+    if ragged is None:
+        return fused.products(q, keys, values, scale, part.causal)
+    if kernel == fused.FLASH:
+        return fused.flash(q, by_head, values.shape[-1], ragged, scale, part.causal)
+    return fused.efficient(q, keys, values, ragged, scale, part.causal)
 
 
 def _queries(new: NewTokens, part: Part) -> Tensor:
@@ -89,8 +95,8 @@ def _queries(new: NewTokens, part: Part) -> Tensor:
     return q
 
 
-def _expand(new: NewTokens, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys [n, h, r + nope] and values [n, h, v] of KV tokens."""
+def _expand(new: NewTokens, slots: Tensor) -> Tensor:
+    """Of KV tokens, keys and values [n, h, (r + nope) + v]."""
     n, d = len(slots), new.dims
     rows = gather(new.cache, slots)
     rope = rows[:, d.kv_lora :] if new.rope_cache is None else gather(new.rope_cache, slots)
@@ -101,4 +107,4 @@ def _expand(new: NewTokens, slots: Tensor) -> tuple[Tensor, Tensor]:
     if d.rope:
         to, per_token = wider(by_head[..., : d.rope], rope[:, None])
         to.copy_(per_token)
-    return by_head[..., : d.head_dim], by_head[..., d.head_dim :]
+    return by_head

@@ -44,7 +44,8 @@ class Steps:
     steps: list[Step]
     whole: bool  # each query token of theirs sees something
     alone: bool  # one attention gives the results of all query tokens of the call
-    attention: str  # what computes it
+    kernel: str  # of attentions that are not exact
+    attention: str  # what computes all of it
 
 
 def is_fused(device: torch.device) -> bool:
@@ -109,19 +110,18 @@ def prepare(
     slots = slots_of(made, block_table, pages[1], pages[0]) if made else []
     steps = [Step(c, s, _ragged(c, device)) for c, s in zip(made, slots, strict=True)]
     seen = sum(request.tokens for request in requests)
-    names = [_name(part, device) for chunk in made for part in chunk.parts]
+    kernel = fused.PRODUCTS
+    if is_fused(device):
+        flash = fused.flash_works(device, dtype, dims.head_dim, dims.v)
+        kernel = fused.FLASH if flash else fused.EFFICIENT
+    names = [fused.CUDNN if p.exact else kernel for chunk in made for p in chunk.parts]
     return Steps(
         steps,
         seen == sum(max(cuts[i + 1] - cuts[i], 0) for i in which),
         len(steps) == 1 and len(steps[0].ragged) == 1 and seen == tokens,
+        kernel,
         " and ".join(dict.fromkeys(names)),
     )
-
-
-def _name(part: Part, device: torch.device) -> str:
-    if part.exact:
-        return fused.CUDNN
-    return fused.EFFICIENT if is_fused(device) else fused.PRODUCTS
 
 
 def _ragged(chunk: Chunk, device: torch.device) -> list[Ragged | None]:

@@ -6,7 +6,7 @@ torch's scaled_dot_product_attention returns no log-sum-exp, so its backends are
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 CUDNN = "cuDNN's attention"
+FLASH = "torch's flash attention"
 EFFICIENT = "torch's memory-efficient attention"
 PRODUCTS = "torch, in float32"
 MIN_CUDNN_SM = 90  # with keys and values of different widths
 _LSE_ROWS = 32  # of a request in what the memory-efficient one returns, or a multiple
-_LSE_ERROR = 2e-2  # of cuDNN on the problem that it is tried on
+_LSE_ERROR = 2e-2  # of a kernel on the problem that it is tried on
 _O_ERROR = 2e-2
+_TRIED = 256  # query tokens
 
 
 class State(NamedTuple):
@@ -65,6 +67,20 @@ def ragged(queries: Sequence[int], keys: Sequence[int], device: torch.device) ->
     return Ragged(cuts_q, cuts_k, most_q, max(keys), rows)
 
 
+def flash(q: Tensor, rows: Tensor, d_v: int, ragged: Ragged, scale: float, causal: bool) -> State:
+    """As efficient; rows [m, h, d + v]: key and value side by side.
+
+    The kernel wants values as wide as keys, so it is given the end of the key with them: the first
+    columns of what it returns mean nothing.
+    """
+    d = q.shape[-1]
+    o, lse = torch.ops.aten._flash_attention_forward(
+        q, rows[..., :d], rows[..., d_v:], ragged.cuts_q, ragged.cuts_k, ragged.most_q,
+        ragged.most_k, 0.0, causal, False, scale=scale,
+    )[:2]  # fmt: skip
+    return State(o[..., d - d_v :], lse.T)
+
+
 def efficient(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged, scale: float, causal: bool) -> State:
     """As cudnn, for several requests; causal: the last query of a request sees all its keys, each
     one before it one fewer."""
@@ -101,19 +117,50 @@ def cudnn_works(device: torch.device, dtype: torch.dtype, d_qk: int, d_v: int) -
     op = getattr(torch.ops.aten, "_scaled_dot_product_cudnn_attention", None)
     if op is None or "compute_log_sumexp" not in str(op.default._schema):  # before torch 2.5
         return False
-    n, h = 256, 2
-    generator = torch.Generator(device).manual_seed(0)
-    shapes = ((n, h, d_qk), (n, h, d_qk + d_v))
-    q, kv = (torch.randn(s, generator=generator, device=device).to(dtype) for s in shapes)
-    k, v = kv[..., :d_qk], kv[..., d_qk:]
-    for causal in (True, False):
-        try:
-            got = cudnn(q, k, v, d_qk**-0.5, causal)
-        except RuntimeError:
-            return False
-        want = products(q, k, v, d_qk**-0.5, causal)
-        if not (got.lse - want.lse).abs().max() < _LSE_ERROR:
-            return False
-        if not (got.o - want.o).abs().max() < _O_ERROR:
-            return False
-    return True
+    trial = _Trial.make(device, dtype, d_qk, d_v, keys=_TRIED)
+    k, v = trial.rows[..., :d_qk], trial.rows[..., d_qk:]
+    return trial.passed(lambda causal: cudnn(trial.q, k, v, trial.scale, causal))
+
+
+@lru_cache(maxsize=64)
+def flash_works(device: torch.device, dtype: torch.dtype, d_qk: int, d_v: int) -> bool:
+    """As cudnn_works, of flash attention."""
+    if device.type != "cuda" or d_v > d_qk:
+        return False
+    trial = _Trial.make(device, dtype, d_qk, d_v, keys=2 * _TRIED)
+    one = ragged([_TRIED], [2 * _TRIED], device)
+    return trial.passed(lambda causal: flash(trial.q, trial.rows, d_v, one, trial.scale, causal))
+
+
+class _Trial(NamedTuple):
+    """A small problem."""
+
+    q: Tensor
+    rows: Tensor  # keys and values
+    scale: float
+
+    @classmethod
+    def make(
+        cls, device: torch.device, dtype: torch.dtype, d_qk: int, d_v: int, *, keys: int
+    ) -> _Trial:
+        generator = torch.Generator(device).manual_seed(0)
+        shapes = ((_TRIED, 2, d_qk), (keys, 2, d_qk + d_v))
+        q, rows = (torch.randn(s, generator=generator, device=device).to(dtype) for s in shapes)
+        return cls(q, rows, d_qk**-0.5)
+
+    def passed(self, attention: Callable[[bool], State]) -> bool:
+        """Causal or not."""
+        d = self.q.shape[-1]
+        for causal in (True, False):
+            want = products(self.q, self.rows[..., :d], self.rows[..., d:], self.scale, causal)
+            try:
+                got = attention(causal)
+            except (RuntimeError, AttributeError, TypeError):
+                return False
+            if got.o.shape != want.o.shape or got.lse.shape != want.lse.shape:
+                return False
+            if not (got.lse - want.lse).abs().max() < _LSE_ERROR:
+                return False
+            if not (got.o - want.o).abs().max() < _O_ERROR:
+                return False
+        return True

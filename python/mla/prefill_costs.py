@@ -30,7 +30,7 @@ class PrefillCosts(NamedTuple):
     product_tflops: float
     memory_gbs: float
     cudnn_tflops: float
-    efficient_tflops: float  # of torch's memory-efficient attention
+    flash_tflops: float
     planning_us: float  # lengths read and a plan made on the host, while the GPU waits
 
 
@@ -67,7 +67,7 @@ def built_in() -> PrefillCostsFile:
 
 def derived(device: Device, found: PrefillCostsFile) -> PrefillCosts:
     """A prediction: rates go with the peaks, launches stay. Products and cuDNN use a GPU's fastest
-    instructions, torch's memory-efficient attention mma.sync."""
+    instructions, torch's flash attention mma.sync."""
     measured = by_name(found.gpu)
     assert measured is not None
     costs, faster = found.costs, device.tflops / measured.tflops
@@ -75,7 +75,7 @@ def derived(device: Device, found: PrefillCostsFile) -> PrefillCosts:
         product_tflops=costs.product_tflops * faster,
         memory_gbs=costs.memory_gbs * device.bandwidth / measured.bandwidth,
         cudnn_tflops=costs.cudnn_tflops * faster,
-        efficient_tflops=costs.efficient_tflops * _mma_peak(device) / _mma_peak(measured),
+        flash_tflops=costs.flash_tflops * _mma_peak(device) / _mma_peak(measured),
     )
 
 

@@ -18,7 +18,7 @@ from .prefill_costs import PrefillCosts
 from .problem import Problem
 
 Method: TypeAlias = Literal["absorbed", "expanded"]
-CUDNN_ROWS, EFFICIENT_ROWS = 128, 64  # query tokens of a head that an SM attends with at one time
+CUDNN_ROWS, FLASH_ROWS = 128, 128  # query tokens of a head that an SM attends with at one time
 CUDNN_GPUS = (90, 100, 103)  # where fused.cudnn_works is expected to say yes
 
 
@@ -66,12 +66,12 @@ class ExpandedWork(NamedTuple):
     products: Products
     moved: float  # bytes of what is copied
     cudnn_flop: float  # of all SMs, as long as one is at work
-    efficient_flop: float
+    flash_flop: float
 
     def us(self, costs: PrefillCosts) -> float:
         launches_us = self.chunks * costs.chunk_us + self.attentions * costs.attention_us
         attention_us = (
-            self.cudnn_flop / costs.cudnn_tflops + self.efficient_flop / costs.efficient_tflops
+            self.cudnn_flop / costs.cudnn_tflops + self.flash_flop / costs.flash_tflops
         ) / 1e6
         copies_us = self.moved / (costs.memory_gbs * 1e3)
         products_us = self.products.us(costs)
@@ -147,14 +147,14 @@ def expanded_work(r: Request, sm_count: int, cudnn: bool) -> ExpandedWork:
     kv = sum(chunk.tokens for chunk in made)
     weights = d.heads * d.kv_lora * (d.nope + d.v)
     moved = kv * (2 * d.d_qk + d.heads * d.rope)
-    cudnn_flop = efficient_flop = 0.0
+    cudnn_flop = flash_flop = 0.0
     for part in (part for chunk in made for part in chunk.parts):
         queries = part.queries.stop - part.queries.start
         moved += queries * d.heads * (2 * d.head_dim + 3 * d.v)
         if part.exact:
             cudnn_flop += _busy_flop(part, d, CUDNN_ROWS, 1, sm_count)
         else:
-            efficient_flop += _busy_flop(part, d, EFFICIENT_ROWS, shared, sm_count)
+            flash_flop += _busy_flop(part, d, FLASH_ROWS, shared, sm_count)
     products = Products(
         2 * r.b * kv * weights,
         (len(made) / shared * weights + kv * d.heads * (d.nope + d.v)) * r.b * size,
@@ -165,7 +165,7 @@ def expanded_work(r: Request, sm_count: int, cudnn: bool) -> ExpandedWork:
         products,
         r.b * moved * size,
         r.b * cudnn_flop,
-        r.b * efficient_flop,
+        r.b * flash_flop,
     )
 
 

@@ -50,7 +50,7 @@ class PrefillExplanation:
         if self.estimate is None:
             return "\n".join([*lines, "predicted  nothing on a CPU: multiplications decide"])
         times = {"absorbed": self.estimate.absorbed_us, "expanded": self.estimate.expanded_us}
-        by = {"absorbed": "mla.decode", "expanded": fused.CUDNN if self.cudnn else fused.EFFICIENT}
+        by = {"absorbed": "mla.decode", "expanded": fused.CUDNN if self.cudnn else fused.FLASH}
         for name, us in times.items():
             time = "no kernel" if us is None else f"{us:.1f} us a request, by {by[name]}"
             lines.append(f"{name:11}{time}")

@@ -39,7 +39,7 @@ def test_matches_the_reference(
     if method == "absorbed":
         assert result.attention == "mla.decode"
     elif max(case.counts) < 128 or smallest:
-        assert result.attention == fused.EFFICIENT
+        assert result.attention in (fused.FLASH, fused.EFFICIENT)
     else:
         assert (fused.CUDNN in result.attention) == works(problem)
     problem.check(result)
@@ -49,6 +49,16 @@ def works(problem: Problem) -> bool:
     d = problem.case.dims
     weights = problem.kwargs["w_kv_b"]
     return fused.cudnn_works(weights.device, weights.dtype, d.nope + d.rope, d.v)
+
+
+def flash_works(problem: Problem) -> bool:
+    d = problem.case.dims
+    weights = problem.kwargs["w_kv_b"]
+    return fused.flash_works(weights.device, weights.dtype, d.nope + d.rope, d.v)
+
+
+def test_flash_works(device: torch.device) -> None:
+    assert fused.flash_works(device, torch.bfloat16, 192, 128)
 
 
 def test_cudnn_works_on_hopper(device: torch.device) -> None:
@@ -67,19 +77,26 @@ def test_cudnn_works_on_hopper(device: torch.device) -> None:
     [(0, 2048), (0, 700), (1024, 512), (300, 129), (5000, 1100), (4096, 128), (100, 3)],
 )
 @pytest.mark.parametrize("heads", [16, 128])
-@pytest.mark.parametrize("exact", [True, False], ids=["cudnn", "efficient"])
+@pytest.mark.parametrize("kernel", [fused.CUDNN, fused.FLASH, fused.EFFICIENT])
 def test_expanded_by_each_kernel(
-    past: int, new: int, heads: int, exact: bool, device: torch.device,
+    past: int, new: int, heads: int, kernel: str, device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Sizes that cuDNN is prepared for, and others that are cut or filled up."""
     if heads == 128 and past + new > 2000:
         heads = 32  # the reference has float64 logits
     problem = make_prefill(Case((past + new,), new, dims=replace(BIG, heads=heads)), device)
-    if not exact:
+    if kernel != fused.CUDNN:
         monkeypatch.setattr(fused, "cudnn_works", lambda *_: False)
+    if kernel == fused.EFFICIENT:
+        monkeypatch.setattr(fused, "flash_works", lambda *_: False)
     result = mla.prefill(**problem.kwargs, method="expanded")
-    assert (fused.CUDNN in result.attention) == (exact and new >= 128 and works(problem))
+    if kernel == fused.CUDNN:
+        assert (kernel in result.attention) == (new >= 128 and works(problem))
+    elif kernel == fused.FLASH and flash_works(problem):
+        assert result.attention == kernel
+    else:
+        assert result.attention == fused.EFFICIENT
     problem.check(result)
 
 
