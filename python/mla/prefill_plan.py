@@ -84,9 +84,9 @@ def plan_prefill(
     check_index("block_table", block_table, (len(seq_lens), None), device, "[{}, max_pages]")
     check_method(method)
     b = len(seq_lens)
-    if cu_seqlens_q is not None and tokens is not None:
+    if cu_seqlens_q is not None and tokens is not None and s is None:
         cuts, tokens = cu_seqlens_q.tolist(), check_size("tokens", tokens, 0)
-    elif s is not None and cu_seqlens_q is None:
+    elif s is not None and cu_seqlens_q is tokens is None:
         step = check_size("s", s, 0)
         cuts, tokens = [i * step for i in range(b + 1)], b * step
     else:
