@@ -1,4 +1,4 @@
-"""mla.plan_prefill: one plan for all layers of a step; and the stack that mla bench --prompt runs."""
+"""mla.plan_prefill: one plan for all layers of a step; and mla bench --prompt, which uses it."""
 
 from __future__ import annotations
 

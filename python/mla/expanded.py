@@ -20,7 +20,7 @@ from .expanded_steps import Step, Steps, is_fused
 from .fused import Ragged, State
 from .merge import merge_states
 from .prefill_inputs import NewTokens
-from .slots import gather, wider
+from .slots import copy, gather
 
 
 def attend(new: NewTokens, steps: Steps, scale: float) -> State:
@@ -89,9 +89,9 @@ def _queries(new: NewTokens, part: Part) -> Tensor:
     if new.q_rope is None and rows == tokens:
         return q_nope
     q = q_nope.new_empty(rows, new.heads, new.rope + new.nope)
-    q[:tokens, :, new.rope :] = q_nope
+    copy(q[:tokens, :, new.rope :], q_nope)
     if new.q_rope is not None:
-        q[:tokens, :, : new.rope] = new.q_rope[part.queries]
+        copy(q[:tokens, :, : new.rope], new.q_rope[part.queries])
     return q
 
 
@@ -105,6 +105,5 @@ def _expand(new: NewTokens, slots: Tensor) -> Tensor:
     weights = new.w_kv_b.view(d.heads, d.nope + d.v, d.kv_lora).transpose(1, 2)
     torch.bmm(latent, weights, out=by_head[..., d.rope :].transpose(0, 1))
     if d.rope:
-        to, per_token = wider(by_head[..., : d.rope], rope[:, None])
-        to.copy_(per_token)
+        copy(by_head[..., : d.rope], rope[:, None])
     return by_head

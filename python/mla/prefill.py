@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import expanded, log
-from .absorb import absorb_query, absorbed_bytes
+from .absorb import absorb_query, absorbed_bytes, expand_output
 from .api import decode
 from .checks import check_size, wrong
 from .inputs import TensorOrPair
@@ -185,4 +185,4 @@ def _absorbed_step(
         lse=lse,
         variant=options.variant,
     )
-    torch.bmm(o_latent.transpose(0, 1), w_uv.transpose(1, 2), out=out.transpose(0, 1))
+    expand_output(o_latent, w_uv, out)

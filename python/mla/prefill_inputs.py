@@ -91,7 +91,9 @@ class NewTokens:
         shape = q_nope.shape[:-1]
         if cu_seqlens_q is None:
             step = q_nope.shape[1]
-            cu_seqlens_q = torch.arange(b + 1, dtype=torch.int32, device=q_nope.device) * step
+            cu_seqlens_q = seq_lens.new_empty(b + 1) if step else seq_lens.new_zeros(b + 1)
+            if step:
+                torch.arange(0, b * step + 1, step, out=cu_seqlens_q)
             q_nope = q_nope.flatten(0, 1)
             q_rope = None if q_rope is None else q_rope.flatten(0, 1)
         return cls(

@@ -86,7 +86,7 @@ def plan_prefill(
     b = len(seq_lens)
     if cu_seqlens_q is not None and tokens is not None and s is None:
         cuts, tokens = cu_seqlens_q.tolist(), check_size("tokens", tokens, 0)
-    elif s is not None and cu_seqlens_q is tokens is None:
+    elif s is not None and cu_seqlens_q is None and tokens is None:
         step = check_size("s", s, 0)
         cuts, tokens = [i * step for i in range(b + 1)], b * step
     else:

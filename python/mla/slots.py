@@ -45,7 +45,7 @@ def gather(cache: Tensor, slots: Tensor) -> Tensor:
     if cache.dim() == 4:
         cache = cache[:, :, 0]
     page_size = cache.shape[1]
-    (wide,) = wider(cache)
+    (wide,) = _wider(cache)
     if cache.shape[0] == 1 or cache.stride(0) == page_size * cache.stride(1):
         steps = (wide.stride(1), wide.stride(2))
         flat = wide.as_strided((wide.shape[0] * page_size, wide.shape[2]), steps)
@@ -55,7 +55,13 @@ def gather(cache: Tensor, slots: Tensor) -> Tensor:
     return rows.view(cache.dtype)
 
 
-def wider(*tensors: Tensor) -> tuple[Tensor, ...]:
+def copy(to: Tensor, rows: Tensor) -> None:
+    """Broadcasts rows of the same dtype."""
+    wide_to, wide_rows = _wider(to, rows)
+    wide_to.copy_(wide_rows)
+
+
+def _wider(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Views in elements of eight bytes, where all tensors have such: torch copies strided tensors
     element by element."""
     for x in tensors:
