@@ -203,7 +203,7 @@ class TestFit:
             absorbed_us=40, decode_factor=1.2, cudnn_tflops=400, memory_gbs=2000, planning_us=300
         )
         samples = [prefill_fit.sample(point, h200()) for point in self.points(true)]
-        found = prefill_fit.fit(samples, prefill_costs.built_in().costs)
+        found = prefill_fit.fit(samples, h200())
         for name in ("absorbed_us", "decode_factor", "cudnn_tflops", "planning_us"):
             assert getattr(found, name) == pytest.approx(getattr(true, name), rel=0.1), name
         assert max(sample.regret(found) for sample in samples) < 1.1

@@ -6,6 +6,7 @@ import json
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import NamedTuple
@@ -20,9 +21,9 @@ from .results import conditions_of, write_conditions
 
 METHOD = (
     "attention layers of DeepSeek-V2-Lite with random weights in bf16, one request, prompts in "
-    "ubatches; all ways in turns; tokens_per_s: CUDA graphs of the steps, replayed, by events; "
-    "eager_tokens_per_s: the host's clock, with all that the host does; median; buffer_mb: most "
-    "memory that the last step has beside weights, caches and what it is given"
+    "ubatches; all ways in turns; tokens_per_s: CUDA graphs of the steps, replayed; "
+    "eager_tokens_per_s: without graphs, with all that the host does; medians of the host's clock; "
+    "buffer_mb: most memory that the last step has beside weights, caches and what it is given"
 )
 
 
@@ -60,8 +61,7 @@ def run(args: Namespace, device: torch.device) -> int:
             entries += measured(kind, tokens, ways, hidden, args.repeat or 5)
     _print(entries, device)
     if args.json:
-        lines = ",\n".join(json.dumps(asdict(entry)) for entry in entries)
-        args.json.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        _write(args.json, entries)
         path = args.json.with_name(f"{args.json.stem}.meta.json")
         write_conditions(path, conditions_of(device, METHOD) | sizes._asdict())
         console.print(f"wrote {args.json}")
@@ -163,6 +163,16 @@ def _captured(way: Contender, hidden: Tensor, pieces: list[tuple[int, int]]) -> 
 
     call()
     return call
+
+
+def _write(path: Path, entries: list[Entry]) -> None:
+    """A JSON list with one entry per line, numbers to a tenth."""
+
+    def rounded(value: object) -> object:
+        return round(value, 1) if isinstance(value, float) else value
+
+    lines = [{name: rounded(value) for name, value in asdict(e).items()} for e in entries]
+    path.write_text("[\n" + ",\n".join(map(json.dumps, lines)) + "\n]\n", encoding="utf-8")
 
 
 def _print(entries: list[Entry], device: torch.device) -> None:
