@@ -11,10 +11,12 @@ import mla
 import pytest
 import torch
 from command_line import Output, command
-from mla import prefill_plan
+from mla import prefill_choice
 from mla.cli import prompt, prompt_stack
+from mla.prefill_estimate import Method
 from paged_layer import Pages, randomise
 from prefilling import Case, Problem, make_prefill
+from test_bench import BENCHMARKS
 
 
 def plan_of(problem: Problem, **changes: Any) -> mla.PrefillPlan:
@@ -73,7 +75,7 @@ def test_each_request_has_its_method() -> None:
 
 
 @pytest.mark.parametrize("method", ["absorbed", "expanded"])
-def test_method_is_planned(method: prefill_plan.Method) -> None:
+def test_method_is_planned(method: Method) -> None:
     problem = make_prefill(MIXED)
     plan = plan_of(problem, method=method)
     assert plan.method == method
@@ -172,3 +174,27 @@ def test_prompt_table_on_a_cpu(tmp_path: Path, capsys: Output) -> None:
     conditions = json.loads((tmp_path / "prompt.meta.json").read_text())
     assert conditions["layers"] == 1
     assert "prompt 40" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not BENCHMARKS.exists(), reason="the tests were copied out of the repository")
+def test_recorded_prompts_are_faster_than_by_products() -> None:
+    """At every length, and the memory of a step stays below the cap."""
+    entries = json.loads((BENCHMARKS / "h200" / "prompt.json").read_text())
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    for e in entries:
+        found.setdefault((e["kind"], e["tokens"]), {})[e["way"]] = e
+    faster = {
+        work: ways["switch"]["tokens_per_s"] / ways["matmul"]["tokens_per_s"]
+        for work, ways in found.items()
+    }
+    assert set(faster) == {
+        *(("prompt", 512 << i) for i in range(6)),
+        *(("generation", depth) for depth in (0, 4096, 16384, 65535)),
+    }
+    assert min(faster.values()) > 1
+    assert faster["prompt", 512] > 1.3
+    assert faster["prompt", 16384] > 2.5
+    for ways in found.values():
+        assert ways["switch"]["buffer_mb"] < prefill_choice.WORKSPACE_BYTES / 2**20
+        best = max(ways[way]["tokens_per_s"] for way in ("absorbed", "expanded"))
+        assert ways["switch"]["tokens_per_s"] > 0.93 * best
