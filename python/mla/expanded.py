@@ -28,8 +28,8 @@ def attend(new: NewTokens, steps: Steps, scale: float) -> State:
     `steps` are of are 0 and -inf, or undefined where `steps` are whole. So are rows of theirs that
     see nothing."""
     if steps.alone:
-        ((_, state),) = _attentions(new, steps.steps[0], steps.kernel, scale)
-        return state
+        ((_, (o, lse)),) = _attentions(new, steps.steps[0], steps.kernel, scale)
+        return State(o.contiguous(), lse)
     out = new.q_nope.new_empty(*new.q_nope.shape[:2], new.v)
     lse = out.new_empty(out.shape[:2], dtype=torch.float32)
     if not steps.whole:

@@ -26,7 +26,7 @@ class Prefill(NamedTuple):
     """What `prefill` returns."""
 
     out: Tensor  # [b, s, h, v] or [tokens, h, v], in q's dtype
-    lse: Tensor  # float32 [b, s, h] or [tokens, h], natural logarithm
+    lse: Tensor  # float32 [b, s, h] or [tokens, h], natural logarithm, with any strides
     method: str  # the one that ran: "absorbed", "expanded", or "both" for different requests
     attention: str  # what computed it
 
@@ -56,17 +56,18 @@ def prefill(
     scale: of the logits: head_dim ** -0.5 and the model's YaRN factor (rope.softmax_scale).
     method: "absorbed": `decode` with W_UK in the query, the cache read as it is. "expanded": keys
         and values of every head are made of the cached latents, chunk by chunk, and chunks merged.
-        None: the cheaper one by `cheaper_method`.
-    plan: of `mla.plan_prefill`: nothing is decided or read on the host.
+        None: for each request the one predicted to take less time (`mla.explain_prefill`).
+    plan: of `mla.plan_prefill`, for this step: nothing is decided or read on the host.
     workspace_bytes: what intermediate results may take in all: queries and outputs of an absorbed
         step, or queries, keys, values and partial outputs of an expanded one. The scratch memory of
         `decode` is not in it (workspace.py bounds that), nor is out.
     variant: a pipeline or a variant of `decode` to force; "absorbed" only.
 
-    Absorbed runs without synchronisation and can be captured. Expanded reads lengths on the host
-    once; its attention is torch's memory-efficient one on a GPU, matrix products in float32 on a
-    CPU; it also takes float32. Rows that see no token give out = 0 and lse = -inf. An expanded
-    result is rounded to q's dtype once per chunk.
+    Absorbed runs without synchronisation and can be captured, and so does anything with a plan,
+    once it ran before. Expanded reads lengths on the host without one; its attention is cuDNN's,
+    flash attention or torch's memory-efficient one on a GPU, matrix products in float32 on a CPU;
+    it also takes float32. Rows that see no token give out = 0 and lse = -inf. An expanded result
+    is rounded to q's dtype once per chunk.
 
     Raises TypeError and ValueError for arguments that do not fit, and what `decode` raises.
     """
