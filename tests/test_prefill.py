@@ -12,11 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mla import expanded
+from mla import expanded_steps, fused
+from mla.chunks import Limits, exact_queries
 from mla.models import MODELS
-from mla.prefill import WORKSPACE_BYTES, cheaper_method
-from mla.prefill_inputs import NewTokens
+from mla.prefill_choice import WORKSPACE_BYTES
 from prefilling import CASES, Case, Dims, Problem, make_prefill
+from torch import Tensor
 
 METHODS = ("absorbed", "expanded")
 
@@ -62,19 +63,37 @@ def test_any_lengths_and_steps(
     dims = Dims(heads=2, kv_lora=16, nope=8, rope=8, v=8)
     case = Case(tuple(lens), new, dims, page_size, torch.float32, causal)
     problem = make_prefill(case)
-    tokens = NewTokens.of(
-        *(problem.kwargs[name] for name in ("q", "kv_cache", "block_table", "seq_lens")),
-        problem.kwargs["cu_seqlens_q"],
-        problem.kwargs["w_kv_b"],
-    )
-    out, lse = torch.empty(sum(new), 2, 8), torch.empty(sum(new), 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(expanded, "step_size", lambda *_: expanded.Step(queries, kv))
-        expanded.attend(
-            tokens, out, lse, scale=problem.kwargs["scale"], causal=causal, workspace_bytes=0
-        )
-    if sum(new):
-        problem.check(mla.Prefill(out, lse, "expanded", ""))
+        patch.setattr(expanded_steps, "limits", lambda *_: Limits(queries, kv))
+        problem.check(mla.prefill(**problem.kwargs, method="expanded"))
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    past=st.integers(0, 900),
+    new=st.integers(100, 700),
+    limits=st.tuples(st.integers(256, 700), st.integers(256, 1500)),
+    causal=st.booleans(),
+)
+def test_with_a_kernel_that_is_prepared_for_sizes(
+    past: int, new: int, limits: tuple[int, int], causal: bool
+) -> None:
+    dims = Dims(heads=2, kv_lora=16, nope=8, rope=8, v=8)
+    lens, counts = (50, past + new, 20), (50, new, 7)
+    problem = make_prefill(Case(lens, counts, dims, 16, torch.float32, causal))
+
+    def cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> fused.State:
+        assert len(q) == exact_queries(len(q))
+        assert len(k) == len(q) if causal else len(k) in (256, 512, 1024)
+        return fused.products(q, k, v, scale, causal)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(expanded_steps, "limits", lambda *_: Limits(*limits))
+        patch.setattr(fused, "cudnn_works", lambda *_: True)
+        patch.setattr(fused, "cudnn", cudnn)
+        result = mla.prefill(**problem.kwargs, method="expanded")
+    problem.check(result)
+    assert (fused.CUDNN in result.attention) == (new >= 128 and (causal or past + new >= 256))
 
 
 @settings(deadline=None, max_examples=60)
@@ -86,45 +105,22 @@ def test_any_lengths_and_steps(
 )
 def test_a_step_fits_its_memory(name: str, heads: int, megabytes: int, fused: bool) -> None:
     """Queries, keys, values, what they are made of and results, all there at one time."""
-    model = MODELS[name]
-    q = torch.empty(1, heads, model.nope, dtype=torch.bfloat16)
-    q_rope = torch.empty(1, heads, model.rope, dtype=torch.bfloat16)
-    cache = torch.empty(1, 1, model.kv_lora + model.rope, dtype=torch.bfloat16)
-    weights = torch.empty(heads * (model.nope + model.v), model.kv_lora, dtype=torch.bfloat16)
-    index = torch.zeros(1, 1, dtype=torch.int32)
-    cuts = torch.tensor([0, 1], dtype=torch.int32)
-    new = NewTokens.of((q, q_rope) if model.rope else q, cache, index, index[0], cuts, weights)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(expanded, "is_fused", lambda new: fused)
-        try:
-            step = expanded.step_size(new, megabytes << 20)
-        except ValueError:
-            assert heads * 16 * 16 * 2 * 2000 > megabytes << 20
-            return
-    k, v = model.nope + model.rope, model.v
-    queries = step.queries * heads * (2 * (k + v) + 4 * v + 4)
-    kv = step.kv * (2 * (model.kv_lora + model.rope) + 2 * heads * (model.nope + v + k))
-    wide = 0 if fused else 4 * heads * (step.queries + step.kv) * (k + v)
-    logits = 0 if fused else 12 * heads * step.queries * step.kv
+    model = replace(MODELS[name], heads=heads)
+    try:
+        limits = expanded_steps.limits(model, torch.bfloat16, fused, megabytes << 20)
+    except ValueError:
+        assert heads * 16 * 16 * 2 * 2000 > megabytes << 20
+        return
+    k, v = model.head_dim, model.v
+    queries = limits.queries * heads * (2 * (k + v) + 4 * v + 4)
+    kv = limits.kv * (2 * (model.kv_lora + model.rope) + 2 * heads * (k + v))
+    wide = 0 if fused else 4 * heads * (limits.queries + limits.kv) * (k + v)
+    logits = 0 if fused else 12 * heads * limits.queries * limits.kv
     assert queries + kv + wide + logits <= megabytes << 20
-    assert min(step) >= 16
+    assert min(limits) >= 16
 
 
 class TestChoice:
-    @pytest.mark.parametrize(
-        ("name", "first"),
-        [("DeepSeek-V3", 342), ("MiniCPM3-4B", 171), ("GLM-4.7-Flash", 797)],
-    )
-    def test_by_operations(self, name: str, first: int) -> None:
-        """The products' crossover (171, 85 and 398 tokens) twice."""
-        m = MODELS[name]
-        sizes = {"kv_lora": m.kv_lora, "nope": m.nope, "rope": m.rope, "v": m.v}
-        assert cheaper_method(first - 1, **sizes) == "absorbed"
-        assert cheaper_method(first, **sizes) == "expanded"
-
-    def test_where_keys_are_no_smaller_than_latents(self) -> None:
-        assert cheaper_method(10**6, kv_lora=64, nope=128, rope=64, v=128) == "absorbed"
-
     def test_of_a_call(self) -> None:
         few, many = make_prefill(Case((60,), 20)), make_prefill(Case((60,), 60))
         assert mla.prefill(**few.kwargs).method == "absorbed"
@@ -211,15 +207,7 @@ class TestArguments:
 
     def test_default_memory(self) -> None:
         """One step of 128 heads has thousands of tokens."""
-        dims = Dims(heads=128, nope=128, v=128)
-        problem = make_prefill(replace(CASES[0], lens=(1,), new=1, dims=dims))
-        new = NewTokens.of(
-            *(problem.kwargs[n] for n in ("q", "kv_cache", "block_table", "seq_lens")),
-            None,
-            problem.kwargs["w_kv_b"],
-        )
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(expanded, "is_fused", lambda new: True)
-            step = expanded.step_size(new, WORKSPACE_BYTES)
-        assert step.queries > 500
-        assert step.kv > 2000
+        dims = replace(MODELS["DeepSeek-V3"], heads=128)
+        limits = expanded_steps.limits(dims, torch.bfloat16, True, WORKSPACE_BYTES)
+        assert limits.queries > 500
+        assert limits.kv > 2000

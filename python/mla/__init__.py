@@ -12,6 +12,8 @@ from .layer_config import LayerConfig
 from .merge import merge_states
 from .plan import Plan, plan
 from .prefill import Prefill, prefill
+from .prefill_explain import explain_prefill
+from .prefill_plan import PrefillPlan, plan_prefill
 from .preload import preload
 from .variants import variants
 
@@ -23,16 +25,19 @@ __all__ = [
     "LayerConfig",
     "Plan",
     "Prefill",
+    "PrefillPlan",
     "UnsupportedError",
     "__version__",
     "absorb",
     "append",
     "decode",
     "explain",
+    "explain_prefill",
     "info",
     "merge_states",
     "nn",
     "plan",
+    "plan_prefill",
     "prefill",
     "preload",
     "use_variant",

@@ -69,18 +69,23 @@ def split_kv_b(w_kv_b: Tensor, dims: Dims) -> tuple[Tensor, Tensor]:
 def absorb_query(q_nope: Tensor, w_uk: Tensor) -> Tensor:
     """q_nope [.., heads, nope], w_uk [heads, nope, kv_lora] -> queries that meet latents,
     [.., heads, kv_lora], with the tokens of a head side by side in memory."""
-    return _by_head(q_nope, w_uk)
+    rows = q_nope.flatten(0, -3).transpose(0, 1)
+    return torch.matmul(rows, w_uk).transpose(0, 1).view(*q_nope.shape[:-1], w_uk.shape[-1])
 
 
-def expand_output(o_latent: Tensor, w_uv: Tensor) -> Tensor:
-    """o_latent [.., heads, kv_lora], w_uv [heads, v, kv_lora] -> values of heads [.., heads, v]."""
-    return _by_head(o_latent, w_uv.transpose(1, 2))
+def expand_output(o_latent: Tensor, w_uv: Tensor, out: Tensor | None = None) -> Tensor:
+    """o_latent [.., heads, kv_lora], w_uv [heads, v, kv_lora] -> values of heads [.., heads, v],
+    contiguous, or written to `out`."""
+    if out is None:
+        out = o_latent.new_empty(*o_latent.shape[:-1], w_uv.shape[1])
+    by_head, rows = w_uv.transpose(1, 2), o_latent.flatten(0, -3).transpose(0, 1)
+    torch.bmm(rows, by_head, out=out.flatten(0, -3).transpose(0, 1))
+    return out
 
 
-def _by_head(x: Tensor, weights: Tensor) -> Tensor:
-    """x [.., heads, a], weights [heads, a, b] -> [.., heads, b]."""
-    rows = x.flatten(0, -3).transpose(0, 1)
-    return torch.matmul(rows, weights).transpose(0, 1).view(*x.shape[:-1], weights.shape[-1])
+def absorbed_bytes(heads: int, kv_lora: int, v: int, dtype: torch.dtype) -> int:
+    """Of a query token's absorbed query, output over latents, values of heads and log-sum-exp."""
+    return heads * ((2 * kv_lora + v) * dtype.itemsize + 4)
 
 
 def check_weights(dims: Dims, **weights: Tensor) -> None:

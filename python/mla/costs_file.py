@@ -45,9 +45,9 @@ def dump(gpu: str, sm_count: int, classes: Mapping[str, Costs], made: Mapping[st
     """`made`: when, how and from what; nobody reads it but people."""
     rounded = {
         key: {
-            field: _four_digits(value)
+            field: four_digits(value)
             if isinstance(value, float | int)
-            else {str(rows): _four_digits(rate) for rows, rate in value.items()}
+            else {str(rows): four_digits(rate) for rows, rate in value.items()}
             for field, value in costs._asdict().items()
         }
         for key, costs in classes.items()
@@ -63,7 +63,7 @@ def dump(gpu: str, sm_count: int, classes: Mapping[str, Costs], made: Mapping[st
     return json.dumps(content, indent=1) + "\n"
 
 
-def _four_digits(value: float) -> float:
+def four_digits(value: float) -> float:
     return float(f"{value:.4g}")
 
 

@@ -52,6 +52,13 @@ class Dims:
         """Of a head after absorption: what `decode` returns."""
         return self.kv_lora
 
+    @property
+    def dims(self) -> Dims:
+        """What the attention itself depends on."""
+        return Dims(
+            heads=self.heads, kv_lora=self.kv_lora, nope=self.nope, rope=self.rope, v=self.v
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig(Dims):

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .absorb import absorbed_bytes
 from .api import decode
 from .append import append
-from .inputs import TensorOrPair
+from .checks import wrong
+from .inputs import TensorOrPair, parts
 from .plan import Plan
-from .prefill import WORKSPACE_BYTES, Method, absorbed_bytes, choose, prefill
+from .prefill import prefill
+from .prefill_choice import WORKSPACE_BYTES, Sizes, absorbed_at_once
+from .prefill_estimate import Method
+from .prefill_plan import PrefillPlan
 from .projections import Projections, linear
 
 __all__ = ["MultiHeadLatentAttention"]
@@ -37,7 +42,7 @@ class MultiHeadLatentAttention(Projections):
         *,
         cu_seqlens_q: Tensor | None = None,
         method: Method | None = None,
-        plan: Plan | None = None,
+        plan: Plan | PrefillPlan | None = None,
         workspace_bytes: int = WORKSPACE_BYTES,
         variant: str | None = None,
     ) -> Tensor:
@@ -48,7 +53,7 @@ class MultiHeadLatentAttention(Projections):
         kv_cache, block_table, cu_seqlens_q: as for `append` and `decode`.
         seq_lens: int32 [b], KV tokens of each request, these included.
         method: "absorbed", "expanded" or None, as for `prefill`. Absorbed steps can be captured.
-        plan: of `mla.plan`, for an absorbed step.
+        plan: of `mla.plan`, for an absorbed step, or of `mla.plan_prefill`: for all layers of one.
         workspace_bytes, variant: as for `prefill`.
 
         Returns [b, s, hidden] or [tokens, hidden]. Raises what `append`, `decode` and `prefill` do.
@@ -65,27 +70,35 @@ class MultiHeadLatentAttention(Projections):
             cos_sin=None if k_rope is None else self.cos_sin,
             interleaved=c.rotary is None or c.rotary.interleaved,
         )
-        tokens = positions.numel()
-        if method is None:
-            mean = tokens / max(len(seq_lens), 1)
-            chosen = choose(
-                mean, hidden.dtype, hidden.device,
-                kv_lora=c.kv_lora, nope=c.nope, rope=c.rope, v=c.v,
-            )  # fmt: skip
-            method = "absorbed" if plan is not None or variant is not None else chosen
         where = (kv_cache, block_table, seq_lens)
+        tokens, layers_plan = positions.numel(), plan if isinstance(plan, PrefillPlan) else None
+        decode_plan = plan if isinstance(plan, Plan) else None
+        if layers_plan is not None and (method or variant):
+            raise wrong("plan", "a plan of mla.plan_prefill", "None with a method or a variant")
+        if decode_plan is not None or variant is not None:
+            method = method or "absorbed"
+        elif layers_plan is not None:
+            method = "absorbed" if layers_plan.method == "absorbed" else None
+        elif method is None:
+            num_pages, page_size = parts("kv_cache", "latent, rope", kv_cache)[0].shape[:2]
+            sizes = Sizes(
+                c.dims, hidden.dtype, hidden.device, len(seq_lens), tokens,
+                block_table.shape[1], num_pages, page_size, True, workspace_bytes,
+            )  # fmt: skip
+            most = positions.shape[1] if cu_seqlens_q is None else tokens
+            method = "absorbed" if absorbed_at_once(sizes, most) else None
         step_bytes = tokens * absorbed_bytes(c.heads, c.kv_lora, c.v, hidden.dtype)
-        if method == "absorbed" and (step_bytes <= workspace_bytes or plan is not None):
+        if method == "absorbed" and (step_bytes <= workspace_bytes or decode_plan is not None):
             o_latent = decode(
                 self.absorbed_query(hidden, positions),
                 *where,
                 scale=c.softmax_scale,
                 cu_seqlens_q=cu_seqlens_q,
-                plan=plan,
+                plan=decode_plan,
                 variant=variant,
             )
             return self.project_latents(o_latent)
-        if plan is not None:
+        if decode_plan is not None:
             raise ValueError(f"plan: got a plan, expected None with method {method!r}")
         q_nope, q_rope = self.queries(hidden, positions)
         attended = prefill(
@@ -94,7 +107,8 @@ class MultiHeadLatentAttention(Projections):
             self.kv_b_proj.weight,
             scale=c.softmax_scale,
             cu_seqlens_q=cu_seqlens_q,
-            method=method,
+            method=None if layers_plan else method,
+            plan=layers_plan,
             workspace_bytes=workspace_bytes,
             variant=variant,
         )

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import expanded, launch, log
-from .absorb import absorb_query, expand_output
+from . import expanded, log
+from .absorb import absorb_query, absorbed_bytes, expand_output
 from .api import decode
-from .checks import D_V, DTYPES, check_size, wrong
+from .checks import check_size, wrong
 from .inputs import TensorOrPair
+from .prefill_choice import WORKSPACE_BYTES, Sizes, absorbed_at_once, check_method
+from .prefill_estimate import Method
 from .prefill_inputs import NewTokens
+from .prefill_plan import Absorbed, PrefillPlan, make_plan
 
-Method = Literal["absorbed", "expanded"]
-WORKSPACE_BYTES = 512 << 20
+_DECODE = "mla.decode"
 LEAST_TOKENS = 16  # of an absorbed step
 
 
@@ -23,8 +26,8 @@ class Prefill(NamedTuple):
     """What `prefill` returns."""
 
     out: Tensor  # [b, s, h, v] or [tokens, h, v], in q's dtype
-    lse: Tensor  # float32 [b, s, h] or [tokens, h], natural logarithm
-    method: Method  # the one that ran
+    lse: Tensor  # float32 [b, s, h] or [tokens, h], natural logarithm, with any strides
+    method: str  # the one that ran: "absorbed", "expanded", or "both" for different requests
     attention: str  # what computed it
 
 
@@ -39,6 +42,7 @@ def prefill(
     causal: bool = True,
     cu_seqlens_q: Tensor | None = None,
     method: Method | None = None,
+    plan: PrefillPlan | None = None,
     workspace_bytes: int = WORKSPACE_BYTES,
     variant: str | None = None,
 ) -> Prefill:
@@ -52,90 +56,100 @@ def prefill(
     scale: of the logits: head_dim ** -0.5 and the model's YaRN factor (rope.softmax_scale).
     method: "absorbed": `decode` with W_UK in the query, the cache read as it is. "expanded": keys
         and values of every head are made of the cached latents, chunk by chunk, and chunks merged.
-        None: the cheaper one by `cheaper_method`.
+        None: for each request the one predicted to take less time (`mla.explain_prefill`).
+    plan: of `mla.plan_prefill`, for this step: nothing is decided or read on the host.
     workspace_bytes: what intermediate results may take in all: queries and outputs of an absorbed
         step, or queries, keys, values and partial outputs of an expanded one. The scratch memory of
         `decode` is not in it (workspace.py bounds that), nor is out.
     variant: a pipeline or a variant of `decode` to force; "absorbed" only.
 
-    Absorbed runs without synchronisation and can be captured. Expanded reads lengths on the host
-    once; its attention is torch's memory-efficient one on a GPU, matrix products in float32 on a
-    CPU; it also takes float32. Rows that see no token give out = 0 and lse = -inf. An expanded
-    result is rounded to q's dtype once per chunk.
+    Absorbed runs without synchronisation and can be captured, and so does anything with a plan,
+    once it ran before. Expanded reads lengths on the host without one; its attention is cuDNN's,
+    flash attention or torch's memory-efficient one on a GPU, matrix products in float32 on a CPU;
+    it also takes float32. Rows that see no token give out = 0 and lse = -inf. An expanded result
+    is rounded to q's dtype once per chunk.
 
     Raises TypeError and ValueError for arguments that do not fit, and what `decode` raises.
     """
     new = NewTokens.of(q, kv_cache, block_table, seq_lens, cu_seqlens_q, w_kv_b)
     workspace_bytes = check_size("workspace_bytes", workspace_bytes, 1)
-    if method is None:
-        mean = new.q_nope.shape[0] / max(len(seq_lens), 1)
-        sizes = {"kv_lora": new.kv_lora, "nope": new.nope, "rope": new.rope, "v": new.v}
-        chosen = choose(mean, new.q_nope.dtype, new.q_nope.device, **sizes)
-        method = "absorbed" if variant is not None else chosen
-    if method not in ("absorbed", "expanded"):
-        raise wrong("method", repr(method), "'absorbed', 'expanded' or None")
+    check_method(method)
     if method == "expanded" and variant is not None:
         raise wrong("variant", repr(variant), "None with method 'expanded'")
-    out = new.q_nope.new_empty(new.q_nope.shape[0], new.heads, new.v)
-    lse = torch.empty(out.shape[:2], dtype=torch.float32, device=out.device)
-    if method == "absorbed":
-        attention = "mla.decode"
-        _absorbed(new, out, lse, scale, causal, workspace_bytes, variant)
+    if variant is not None:
+        method = "absorbed"
+    sizes = Sizes.of(new, causal, workspace_bytes)
+    if plan is not None:
+        if method is not None:
+            raise wrong("plan", "a plan", "None with a method or a variant")
+        plan.check_fits(sizes)
+    most = new.shape[1] if cu_seqlens_q is None else sizes.tokens
+    if plan is None and (method or not absorbed_at_once(sizes, most)) and method != "absorbed":
+        plan = make_plan(
+            sizes, block_table, seq_lens, seq_lens.tolist(), new.cu_seqlens_q.tolist(), method
+        )
+    step = Step(scale, causal, workspace_bytes, variant)
+    if plan is None or plan.steps is None:
+        out = new.q_nope.new_empty(sizes.tokens, new.heads, new.v)
+        lse = torch.empty(out.shape[:2], dtype=torch.float32, device=out.device)
+        _absorbed(new, out, lse, step)
+        ran = Ran("absorbed", _DECODE)
     else:
-        fused = expanded.is_fused(new)
-        attention = "torch's memory-efficient attention" if fused else "torch, in float32"
-        expanded.attend(new, out, lse, scale=scale, causal=causal, workspace_bytes=workspace_bytes)
+        out, lse = expanded.attend(new, plan.steps, scale)
+        ran = Ran("expanded", plan.steps.attention)
+        if plan.absorbed is not None:
+            _absorbed_among(new, plan.absorbed, out, lse, step)
+            ran = Ran("both", f"{_DECODE} and {plan.steps.attention}")
     if log.dispatch_wanted():
-        tokens = f"{new.q_nope.shape[0]} new tokens of {len(seq_lens)} requests"
-        log.once(("prefill", method), lambda: f"prefill, {tokens}: {method} by {attention}")
-    return Prefill(out.view(*new.shape, new.v), lse.view(new.shape), method, attention)
+        tokens = f"{sizes.tokens} new tokens of {sizes.b} requests"
+        log.once(("prefill", ran), lambda: f"prefill, {tokens}: {ran.method} by {ran.attention}")
+    return Prefill(out.view(*new.shape, new.v), lse.view(new.shape), *ran)
 
 
-def cheaper_method(new_tokens: float, *, kv_lora: int, nope: int, rope: int, v: int) -> Method:
-    """By operations for each head and KV token, of a request with `new_tokens` query tokens.
+class Step(NamedTuple):
+    """Options of a call."""
 
-    Absorbed: 2 kv_lora + rope multiplications a query token. Expanded: nope + rope + v, and once
-    kv_lora * (nope + v) to make the key and value; that counts twice, since writing and reading
-    them takes about as long as the product. Expanded from 342 tokens on for DeepSeek-V3.
-    """
-    saved = (2 * kv_lora + rope) - (nope + rope + v)
-    made = 2 * kv_lora * (nope + v)
-    return "expanded" if saved > 0 and new_tokens * saved >= made else "absorbed"
+    scale: float
+    causal: bool
+    workspace_bytes: int
+    variant: str | None
 
 
-def choose(
-    new_tokens: float, dtype: torch.dtype, device: torch.device, *, kv_lora: int, nope: int,
-    rope: int, v: int,
-) -> Method:  # fmt: skip
-    """cheaper_method, but absorbed while a graph is captured, and expanded where `decode` has no
-    kernel for the dims or the dtype. new_tokens: the mean over requests."""
-    if dtype not in DTYPES or D_V.get(kv_lora + rope) != kv_lora:
-        return "expanded"
-    if device.type == "cuda" and launch.capturing(device):
-        return "absorbed"
-    return cheaper_method(new_tokens, kv_lora=kv_lora, nope=nope, rope=rope, v=v)
+class Ran(NamedTuple):
+    method: str
+    attention: str
 
 
-def absorbed_bytes(heads: int, kv_lora: int, v: int, dtype: torch.dtype) -> int:
-    """Of a query token's absorbed query, output over latents, values of heads and log-sum-exp."""
-    return heads * ((2 * kv_lora + v) * dtype.itemsize + 4)
-
-
-def _absorbed(
-    new: NewTokens,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    causal: bool,
-    workspace_bytes: int,
-    variant: str | None,
+def _absorbed_among(
+    new: NewTokens, absorbed: Absorbed, out: Tensor, lse: Tensor, step: Step
 ) -> None:
+    """Of some requests only."""
+    rows = absorbed.rows
+    some = replace(
+        new,
+        q_nope=new.q_nope[rows],
+        q_rope=None if new.q_rope is None else new.q_rope[rows],
+        block_table=absorbed.block_table,
+        seq_lens=absorbed.seq_lens,
+        cu_seqlens_q=absorbed.cu_seqlens_q,
+    )
+    if isinstance(rows, slice):
+        _absorbed(some, out[rows], lse[rows], step)
+        return
+    some_out = out.new_empty(len(rows), *out.shape[1:])
+    some_lse = lse.new_empty(len(rows), lse.shape[1])
+    _absorbed(some, some_out, some_lse, step)
+    out[rows], lse[rows] = some_out, some_lse
+
+
+def _absorbed(new: NewTokens, out: Tensor, lse: Tensor, options: Step) -> None:
     """Steps of query tokens, of all requests in order. A request's last token of a step sees as
     much less than its last one as there are tokens behind the step."""
     per_token = absorbed_bytes(new.heads, new.kv_lora, new.v, new.q_nope.dtype)
-    step = workspace_bytes // per_token
+    step, causal = options.workspace_bytes // per_token, options.causal
     if step < LEAST_TOKENS:
-        raise wrong("workspace_bytes", workspace_bytes, f"at least {LEAST_TOKENS * per_token}")
+        least = LEAST_TOKENS * per_token
+        raise wrong("workspace_bytes", options.workspace_bytes, f"at least {least}")
     cuts, lens = new.cu_seqlens_q, new.seq_lens
     for begin in range(0, len(out), step):
         end = min(begin + step, len(out))
@@ -146,7 +160,7 @@ def _absorbed(
         if end - begin < len(out):
             cuts = new.cu_seqlens_q.clamp(begin, end) - begin
         rows = slice(begin, end)
-        out[rows] = _absorbed_step(new, rows, cuts, lens, lse[rows], scale, causal, variant)
+        _absorbed_step(new, rows, cuts, lens, out[rows], lse[rows], options)
 
 
 def _absorbed_step(
@@ -154,12 +168,11 @@ def _absorbed_step(
     rows: slice,
     cuts: Tensor,
     lens: Tensor,
+    out: Tensor,
     lse: Tensor,
-    scale: float,
-    causal: bool,
-    variant: str | None,
-) -> Tensor:
-    """Of query tokens `rows`, which requests have by `cuts`: values of heads."""
+    options: Step,
+) -> None:
+    """Of query tokens `rows`, which requests have by `cuts`."""
     w_uk, w_uv = new.weights()
     q_latent = absorb_query(new.q_nope[rows], w_uk)
     o_latent = decode(
@@ -167,10 +180,10 @@ def _absorbed_step(
         new.kv_cache,
         new.block_table,
         lens,
-        scale=scale,
-        causal=causal,
+        scale=options.scale,
+        causal=options.causal,
         cu_seqlens_q=cuts,
         lse=lse,
-        variant=variant,
+        variant=options.variant,
     )
-    return expand_output(o_latent, w_uv)
+    expand_output(o_latent, w_uv, out)

@@ -18,6 +18,7 @@ from .checks import (
     wrong,
 )
 from .inputs import TensorOrPair, check_pages, parts
+from .layer_config import Dims
 from .merge import COLUMNS
 
 # Un-absorbed, for checks in more precision than the kernels have.
@@ -90,7 +91,9 @@ class NewTokens:
         shape = q_nope.shape[:-1]
         if cu_seqlens_q is None:
             step = q_nope.shape[1]
-            cu_seqlens_q = torch.arange(b + 1, dtype=torch.int32, device=q_nope.device) * step
+            cu_seqlens_q = seq_lens.new_empty(b + 1) if step else seq_lens.new_zeros(b + 1)
+            if step:
+                torch.arange(0, b * step + 1, step, out=cu_seqlens_q)
             q_nope = q_nope.flatten(0, 1)
             q_rope = None if q_rope is None else q_rope.flatten(0, 1)
         return cls(
@@ -116,6 +119,12 @@ class NewTokens:
     @property
     def kv_lora(self) -> int:
         return self.w_kv_b.shape[1]
+
+    @property
+    def dims(self) -> Dims:
+        return Dims(
+            heads=self.heads, kv_lora=self.kv_lora, nope=self.nope, rope=self.rope, v=self.v
+        )
 
     @property
     def kv_cache(self) -> TensorOrPair:

@@ -24,7 +24,8 @@ def linear(projection: nn.Linear, x: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight * gain over the last dimension, computed in float32 (float64 for it)."""
+    """x / rms(x) * weight over the last dimension, as torch computes it: in float32 (float64 for
+    it), by one kernel in recent versions. Then, if there is one, times the gain."""
 
     def __init__(self, columns: int, eps: float, gain: float, **where: Any) -> None:
         super().__init__()
@@ -32,9 +33,8 @@ class RMSNorm(nn.Module):
         self.eps, self.gain = eps, gain
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (normed * self.weight * self.gain).to(x.dtype)
+        normed = functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return normed if self.gain == 1 else normed * self.gain
 
 
 class Projections(nn.Module):
@@ -171,5 +171,6 @@ class Projections(nn.Module):
         rotary, table = self.config.rotary, self.cos_sin
         if rotary is None or table is None:
             return q_rope
-        rows = table[positions.long().clamp(0, table.shape[0] - 1)]
-        return rotate(q_rope, rows[..., None, :], interleaved=rotary.interleaved)
+        rows = table.index_select(0, positions.flatten().clamp(0, table.shape[0] - 1))
+        rows = rows.view(*positions.shape, 1, -1)
+        return rotate(q_rope, rows, interleaved=rotary.interleaved)

@@ -8,6 +8,9 @@ from dataclasses import replace
 import mla
 import pytest
 import torch
+from mla import fused
+from mla.layer_config import Dims as LayerDims
+from mla.models import MODELS
 from prefilling import CASES, Case, Dims, Problem, make_prefill
 
 pytestmark = pytest.mark.filterwarnings("ignore:Synchronization debug mode")
@@ -34,9 +37,85 @@ def test_matches_the_reference(
     options = {"workspace_bytes": least_bytes(problem, method)} if smallest else {}
     result = mla.prefill(**problem.kwargs, method=method, **options)
     assert result.method == method
-    wanted = "mla.decode" if method == "absorbed" else "torch's memory-efficient attention"
-    assert result.attention == wanted
+    if method == "absorbed":
+        assert result.attention == "mla.decode"
+    elif max(case.counts) < 128 or smallest:
+        assert result.attention in (fused.FLASH, fused.EFFICIENT)
+    else:
+        assert (fused.CUDNN in result.attention) == works(problem)
     problem.check(result)
+
+
+def works(problem: Problem) -> bool:
+    d = problem.case.dims
+    weights = problem.kwargs["w_kv_b"]
+    return fused.cudnn_works(weights.device, weights.dtype, d.nope + d.rope, d.v)
+
+
+def flash_works(problem: Problem) -> bool:
+    d = problem.case.dims
+    weights = problem.kwargs["w_kv_b"]
+    return fused.flash_works(weights.device, weights.dtype, d.nope + d.rope, d.v)
+
+
+def test_flash_works(device: torch.device) -> None:
+    assert fused.flash_works(device, torch.bfloat16, 192, 128)
+
+
+def test_cudnn_works_on_hopper(device: torch.device) -> None:
+    """For the heads of every model; elsewhere nothing is asked."""
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        pytest.skip("needs a GPU of compute capability 9.0")
+    found = {
+        name: fused.cudnn_works(device, torch.bfloat16, model.head_dim, model.v)
+        for name, model in MODELS.items()
+    }
+    assert found["DeepSeek-V3"], found
+
+
+@pytest.mark.parametrize(
+    ("past", "new"),
+    [(0, 2048), (0, 700), (1024, 512), (300, 129), (5000, 1100), (4096, 128), (100, 3)],
+)
+@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize("kernel", [fused.CUDNN, fused.FLASH, fused.EFFICIENT])
+def test_expanded_by_each_kernel(
+    past: int, new: int, heads: int, kernel: str, device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Sizes that cuDNN is prepared for, and others that are cut or filled up."""
+    if heads == 128 and past + new > 2000:
+        heads = 32  # the reference has float64 logits
+    problem = make_prefill(Case((past + new,), new, dims=replace(BIG, heads=heads)), device)
+    if kernel != fused.CUDNN:
+        monkeypatch.setattr(fused, "cudnn_works", lambda *_: False)
+    if kernel == fused.EFFICIENT:
+        monkeypatch.setattr(fused, "flash_works", lambda *_: False)
+    result = mla.prefill(**problem.kwargs, method="expanded")
+    if kernel == fused.CUDNN:
+        assert (kernel in result.attention) == (new >= 128 and works(problem))
+    elif kernel == fused.FLASH and flash_works(problem):
+        assert result.attention == kernel
+    else:
+        assert result.attention == fused.EFFICIENT
+    problem.check(result)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_batch_shares_its_chunks(causal: bool, device: torch.device) -> None:
+    """Ragged, by one attention for many requests; then a long one, and short ones again."""
+    lens = (70, 90, 400, 33, 16, 1500, 64, 17)
+    new = (7, 90, 100, 1, 16, 600, 64, 9)
+    problem = make_prefill(Case(lens, new, dims=replace(BIG, heads=16), causal=causal), device)
+    problem.check(mla.prefill(**problem.kwargs, method="expanded"))
+
+
+@pytest.mark.parametrize("megabytes", [24, 100])
+def test_in_chunks(megabytes: int, device: torch.device) -> None:
+    """Several chunks before the new tokens and among them, merged."""
+    case = Case((3000, 900), (1000, 900), dims=replace(BIG, heads=16), page_size=64)
+    problem = make_prefill(case, device)
+    problem.check(mla.prefill(**problem.kwargs, method="expanded", workspace_bytes=megabytes << 20))
 
 
 @each_method
@@ -83,6 +162,33 @@ def test_absorbed_does_not_wait_and_replays(device: torch.device) -> None:
         mine.copy_(new)
     graph.replay()
     other.check(result)
+
+
+def test_a_plan_does_not_wait_and_replays(device: torch.device) -> None:
+    """Un-absorbed and both ways; replayed with weights of zeros, heads give zeros."""
+    dims = replace(BIG, heads=16)
+    for lens, new in (((1500,), (600,)), ((1500, 900, 70), (600, 2, 70))):
+        case = Case(lens, new, dims=dims, page_size=64)
+        problem = make_prefill(case, device)
+        given = problem.kwargs
+        plan = mla.plan_prefill(
+            given["block_table"], given["seq_lens"], cu_seqlens_q=given["cu_seqlens_q"],
+            tokens=sum(new), dims=LayerDims(heads=16, kv_lora=512, nope=128, rope=64, v=128),
+            dtype=case.dtype, num_pages=len(given["kv_cache"]), page_size=64,
+        )  # fmt: skip
+        mla.prefill(**given, plan=plan)  # prepares kernels
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            result = mla.prefill(**given, plan=plan)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        problem.check(result)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = mla.prefill(**given, plan=plan)
+        given["w_kv_b"].zero_()
+        graph.replay()
+        assert not result.out.any()
 
 
 @each_method

@@ -2,55 +2,14 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, ArgumentTypeError, _ActionsContainer
+from argparse import ArgumentParser, _ActionsContainer
 from pathlib import Path
+
+from .values import dims, dtype_name, lengths, positive
 
 
 class UsageError(Exception):
     """A command cannot do what its options ask; the text says why and what would work."""
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ArgumentTypeError(f"expected a number of at least 1, got {value}")
-    return value
-
-
-def _lengths(text: str) -> list[int]:
-    """'4096' or '17,0,4096'."""
-    try:
-        lengths = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ArgumentTypeError(
-            f"expected a length or a list like 17,0,4096, got {text!r}"
-        ) from None
-    if min(lengths) < 0:
-        raise ArgumentTypeError(f"lengths must not be negative, got {text}")
-    return lengths
-
-
-def _dims(text: str) -> tuple[int, int]:
-    """'576/512' -> (576, 512)."""
-    try:
-        d_qk, d_v = (int(part) for part in text.split("/"))
-    except ValueError:
-        raise ArgumentTypeError(f"expected d_qk/d_v like 576/512, got {text!r}") from None
-    return d_qk, d_v
-
-
-_DTYPES = {
-    "bf16": "bfloat16",
-    "bfloat16": "bfloat16",
-    "fp16": "float16",
-    "float16": "float16",
-}
-
-
-def _dtype(text: str) -> str:
-    if text not in _DTYPES:
-        raise ArgumentTypeError(f"expected one of {', '.join(_DTYPES)}, got {text!r}")
-    return _DTYPES[text]
 
 
 def _device(parser: _ActionsContainer) -> None:
@@ -64,23 +23,28 @@ def _info(parser: ArgumentParser) -> None:
 
 
 def _explain(parser: ArgumentParser) -> None:
-    parser.add_argument("--b", type=_positive, help="requests (default: as many as --kv lists)")
-    parser.add_argument("--s-q", type=_positive, default=1, help="query tokens of each request")
-    parser.add_argument("--h", type=_positive, default=128, help="query heads")
+    parser.add_argument("--b", type=positive, help="requests (default: as many as --kv lists)")
+    parser.add_argument("--s-q", type=positive, default=1, help="query tokens of each request")
+    parser.add_argument("--h", type=positive, default=128, help="query heads")
     parser.add_argument(
         "--kv",
-        type=_lengths,
+        type=lengths,
         default=[4096],
         metavar="LEN[,LEN..]",
         help="KV tokens of each request; the choice follows the longest",
     )
-    parser.add_argument("--d-qk", type=_positive, default=576, help="columns of q and KV")
-    parser.add_argument("--dtype", type=_dtype, default="bfloat16", help="bf16 or fp16")
-    parser.add_argument("--page-size", type=_positive, default=64, help="KV tokens per page")
+    parser.add_argument("--d-qk", type=positive, default=576, help="columns of q and KV")
+    parser.add_argument("--dtype", type=dtype_name, default="bfloat16", help="bf16 or fp16")
+    parser.add_argument("--page-size", type=positive, default=64, help="KV tokens per page")
     parser.add_argument(
         "--batch-invariant", action="store_true", help="of the batch-invariant mode"
     )
     parser.add_argument("--variant", help="force a pipeline or a variant by name")
+    parser.add_argument(
+        "--prefill",
+        action="store_true",
+        help="which way the last --s-q of --kv tokens go, with the columns of DeepSeek-V3",
+    )
     where = parser.add_mutually_exclusive_group()
     _device(where)
     where.add_argument(
@@ -120,13 +84,24 @@ def _bench(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--planning", action="store_true", help="put the making of the plan inside the clock"
     )
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
         "--host", action="store_true", help="instead of cases: CPU time that a call takes"
     )
-    parser.add_argument("--repeat", type=_positive, help="samples (default: 20, on a CPU 3)")
-    parser.add_argument("--dtype", type=_dtype, help="instead of the cases' own")
-    parser.add_argument("--page-size", type=_positive, help="instead of the cases' own")
-    parser.add_argument("--dims", type=_dims, default=(576, 512), help="d_qk/d_v (576/512)")
+    instead.add_argument(
+        "--prefill",
+        action="store_true",
+        help="instead of cases: both ways of prefill over new tokens, cached tokens and heads",
+    )
+    instead.add_argument(
+        "--prompt",
+        action="store_true",
+        help="instead of cases: tokens/s of a stack of layers, prompts and generation",
+    )
+    parser.add_argument("--repeat", type=positive, help="samples (default: 20, on a CPU 3)")
+    parser.add_argument("--dtype", type=dtype_name, help="instead of the cases' own")
+    parser.add_argument("--page-size", type=positive, help="instead of the cases' own")
+    parser.add_argument("--dims", type=dims, default=(576, 512), help="d_qk/d_v (576/512)")
     parser.add_argument("--json", type=Path, help="write the times here, conditions beside it")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the results")
     parser.add_argument(
@@ -151,8 +126,13 @@ def _fit(parser: ArgumentParser) -> None:
         action="append",
         help="list of the cases of the runs (may be repeated; default: benchmarks/cases.json)",
     )
-    parser.add_argument("--dims", type=_dims, default=(576, 512), help="d_qk/d_v (576/512)")
+    parser.add_argument("--dims", type=dims, default=(576, 512), help="d_qk/d_v (576/512)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the constants here")
+    parser.add_argument(
+        "--prefill",
+        action="store_true",
+        help="the constants of prefill, from what `mla bench --prefill` wrote",
+    )
     parser.add_argument(
         "runs",
         type=Path,
@@ -163,15 +143,15 @@ def _fit(parser: ArgumentParser) -> None:
 
 
 def _tune(parser: ArgumentParser) -> None:
-    parser.add_argument("--count", type=_positive, default=150, help="cases (default: 150)")
+    parser.add_argument("--count", type=positive, default=150, help="cases (default: 150)")
     parser.add_argument("--seed", type=int, default=2, help="of the cases that are drawn")
     parser.add_argument(
         "--time-limit",
-        type=_positive,
+        type=positive,
         metavar="SECONDS",
         help="measure no further case after this time",
     )
-    parser.add_argument("--repeat", type=_positive, help="samples of each (default: 10)")
+    parser.add_argument("--repeat", type=positive, help="samples of each (default: 10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the times here, too")
     parser.add_argument(
         "--out",
@@ -183,9 +163,9 @@ def _tune(parser: ArgumentParser) -> None:
 
 
 def _demo(parser: ArgumentParser) -> None:
-    parser.add_argument("--steps", type=_positive, default=32, help="tokens decoded per request")
-    parser.add_argument("--page-size", type=_positive, default=16, help="KV tokens per page")
-    parser.add_argument("--dtype", type=_dtype, default="bfloat16", help="bf16 or fp16")
+    parser.add_argument("--steps", type=positive, default=32, help="tokens decoded per request")
+    parser.add_argument("--page-size", type=positive, default=16, help="KV tokens per page")
+    parser.add_argument("--dtype", type=dtype_name, default="bfloat16", help="bf16 or fp16")
     parser.add_argument("--variant", help="force a pipeline or a variant by name")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
     _device(parser)

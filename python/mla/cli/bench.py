@@ -14,16 +14,16 @@ from mla import dispatch
 from mla.checks import D_V
 from mla.variants import VARIANTS
 
-from . import host
+from . import host, prefill_sweep, prompt
 from .arguments import UsageError
 from .calls import HEURISTIC, call, pick, requested
 from .cases import Case, CasePool, load_cases, with_overrides
 from .console import console, make_progress
-from .devices import device_name, kernel_driver, pick_device
+from .devices import device_name, pick_device
 from .floors import Floors, floors_table, measure_floors
 from .results import (
     Result,
-    provenance,
+    conditions_of,
     result_table,
     summary_table,
     write_conditions,
@@ -43,6 +43,10 @@ def run(args: Namespace) -> int:
     peer_times = _prepare_files(args)
     if args.host:
         return _run_host(args, device)
+    if args.prefill:
+        return prefill_sweep.run(args, device)
+    if args.prompt:
+        return prompt.run(args, device)
     cases = _select(args, device)
     on_gpu = device.type == "cuda"
     timer = GpuTimer(device, args.repeat or 20) if on_gpu else CpuTimer(args.repeat or 3)
@@ -157,13 +161,7 @@ def _write_files(
     peer_times: dict[str, dict[str, float]],
 ) -> None:
     """The files asked for. Of several runs each has its own, named after it."""
-    conditions: dict[str, object] = {
-        **provenance(),
-        "device": device_name(device),
-        "kernel_driver": kernel_driver(),
-        "torch": torch.__version__,
-        "build": mla.info()["build"],
-        "method": METHOD if floors else "wall clock around one call",
+    conditions = conditions_of(device, METHOD if floors else prefill_sweep.ON_CPU_METHOD) | {
         "planning": "inside the clock" if args.planning else "before the clock",
         "floors": asdict(floors) if floors else None,
     }

@@ -49,6 +49,10 @@ def run(args: Namespace) -> int:
     device = by_name(args.gpu)
     if device is None:
         raise UsageError(f"--gpu {args.gpu}: expected a GPU that `mla explain --gpu` knows")
+    if args.prefill:
+        from . import prefill_fit
+
+        return prefill_fit.run(args, device)
     lists = args.cases or [Path("benchmarks/cases.json")]
     samples = read_runs(lists, args.runs, args.dims)
     fits = fit(samples, device, costs.of(device).classes)
@@ -112,7 +116,7 @@ def fit_class(samples: list[Sample], device: Device, prior: Costs) -> Fit:
         ratios = [math.log(predicted(s.variant, s.problem) / s.us) for s in samples]
         return torch.cat([torch.tensor(ratios, dtype=x.dtype), weights * (x - anchor)])
 
-    best = _least_squares(residuals, origin)
+    best = least_squares(residuals, origin)
     found = residuals(best)[: len(samples)]
     return Fit(_constants(best, prior), found.exp().tolist())
 
@@ -134,7 +138,7 @@ def _constants(x: Tensor, prior: Costs) -> Costs:
     return prior._replace(**scalars, tflops_per_sm=rates)
 
 
-def _least_squares(residuals: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def least_squares(residuals: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Where the sum of squares is least, from x downhill."""
     one = torch.eye(len(x), dtype=x.dtype)
     damping, r = 1e-2, residuals(x)

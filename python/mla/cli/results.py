@@ -11,10 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.table import Table
+
+import mla
 
 from .cases import Case
 from .console import make_table
+from .devices import device_name, kernel_driver
 from .timing import Timing
 
 
@@ -131,9 +135,17 @@ def write_conditions(path: Path, conditions: dict[str, object]) -> None:
     path.write_text(json.dumps(conditions, indent=1) + "\n", encoding="utf-8")
 
 
-def provenance() -> dict[str, str | None]:
-    """The command to repeat the run, and the commit of the checkout."""
-    return {"command": shlex.join(["mla", *sys.argv[1:]]), "commit": _commit()}
+def conditions_of(device: torch.device, method: str) -> dict[str, object]:
+    """Of any run: the command to repeat it, the commit of the checkout, what it ran on, and how."""
+    return {
+        "command": shlex.join(["mla", *sys.argv[1:]]),
+        "commit": _commit(),
+        "device": device_name(device),
+        "kernel_driver": kernel_driver(),
+        "torch": torch.__version__,
+        "build": mla.info()["build"],
+        "method": method,
+    }
 
 
 def _commit() -> str | None:
