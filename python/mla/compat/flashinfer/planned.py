@@ -42,6 +42,8 @@ class Planned:
             cu_seqlens_q=self.step.cu_seqlens_q,
             total_q=requests.total_q,
             max_pages=self.step.block_table.shape[1],
+            # What a graph is captured with says nothing of what it will be replayed with.
+            max_seq_len=requests.longest if self.buffers is None else None,
         )
         self.sizes = sizes
 

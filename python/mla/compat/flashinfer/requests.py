@@ -24,6 +24,7 @@ class Requests(NamedTuple):
     """Of a plan, checked; tensors on the wrapper's device."""
 
     total_q: int  # query tokens of all
+    longest: int  # KV tokens of a request
     cu_seqlens_q: Tensor  # [b + 1]
     seq_lens: Tensor  # [b]
     pages: Pages
@@ -50,8 +51,8 @@ def read(given: MLAPlanMetadata, page_size: int, device: torch.device) -> Reques
         _check("block_tables", table, (b, None), device, "[{}, max_pages]")
         cuts_here, lens_here = _on_host(cuts, lens)
         counts = torch.full((b,), table.shape[1])
-        longest = -(-int(lens_here.max()) // page_size) if b else 0
-        pages = Pages(b, longest, table=to_device(table[:, : max(longest, 0)], device))
+        width = -(-int(lens_here.clamp(min=0).max()) // page_size) if b else 0
+        pages = Pages(b, width, table=to_device(table[:, :width], device))
     else:
         starts, ids = tensors["kv_indptr"], tensors["kv_indices"]
         _check("kv_indptr", starts, (b + 1,), device, "[{}], b + 1")
@@ -68,8 +69,8 @@ def read(given: MLAPlanMetadata, page_size: int, device: torch.device) -> Reques
             kv_indices=to_device(ids[:total], device),
         )
     _check_reach(lens_name, lens_here, counts, page_size)
-    total_q = _last(cuts_name, cuts_here)
-    return Requests(total_q, to_device(cuts, device), to_device(lens, device), pages)
+    total_q, longest = _last(cuts_name, cuts_here), int(lens_here.max()) if b else 0
+    return Requests(total_q, longest, to_device(cuts, device), to_device(lens, device), pages)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
