@@ -60,35 +60,37 @@ void bind_calls(nb::module_& m) {
       "decode_prepared",
       [](nb::handle q, nb::handle kv_cache, nb::handle block_table, nb::handle seq_lens, nb::handle cu_seqlens_q,
          nb::handle out, nb::handle lse, nb::handle workspace, nb::handle plan, nb::handle scale, nb::handle causal,
-         nb::handle d_v, nb::handle return_lse, nb::handle batch_invariant, nb::handle variant,
+         nb::handle d_v, nb::handle return_lse, nb::handle batch_invariant, nb::handle max_seq_len, nb::handle variant,
          nb::handle context_variant) -> Any {
-        Arguments arguments{q,          kv_cache,        block_table, seq_lens,       cu_seqlens_q, out,
-                            lse,        workspace,       plan,        scale,          causal,       d_v,
-                            return_lse, batch_invariant, {},          read_settings()};
+        Arguments arguments{q,          kv_cache,        block_table, seq_lens, cu_seqlens_q,   out,
+                            lse,        workspace,       plan,        scale,    causal,         d_v,
+                            return_lse, batch_invariant, max_seq_len, {},       read_settings()};
         nb::object done;
         if (find_forced(variant, context_variant, arguments)) done = decode_prepared(arguments);
         return done.is_valid() ? Any(done) : Any(nb::none());
       },
       "q"_a.none(), "kv_cache"_a.none(), "block_table"_a.none(), "seq_lens"_a.none(), "cu_seqlens_q"_a.none(),
       "out"_a.none(), "lse"_a.none(), "workspace"_a.none(), "plan"_a.none(), "scale"_a.none(), "causal"_a.none(),
-      "d_v"_a.none(), "return_lse"_a.none(), "batch_invariant"_a.none(), "variant"_a.none(), "context_variant"_a.none(),
+      "d_v"_a.none(), "return_lse"_a.none(), "batch_invariant"_a.none(), "max_seq_len"_a.none(), "variant"_a.none(),
+      "context_variant"_a.none(),
       "What mla.decode returns, if it was called like this before; otherwise None, and nothing is done.");
   m.def(
       "decode_first",
       [](nb::handle q, nb::handle kv_cache, nb::handle block_table, nb::handle seq_lens, nb::handle cu_seqlens_q,
          nb::handle out, nb::handle lse, nb::handle workspace, nb::handle plan, nb::handle scale, nb::handle causal,
-         nb::handle d_v, nb::handle return_lse, nb::handle batch_invariant, std::string_view forced,
-         std::string_view variant, std::string_view dtype, int device, const DecodeParams& sizes,
-         nb::handle choose) -> Any {
-        const Arguments arguments{q,          kv_cache,        block_table, seq_lens,       cu_seqlens_q, out,
-                                  lse,        workspace,       plan,        scale,          causal,       d_v,
-                                  return_lse, batch_invariant, forced,      read_settings()};
+         nb::handle d_v, nb::handle return_lse, nb::handle batch_invariant, nb::handle max_seq_len,
+         std::string_view forced, std::string_view variant, std::string_view dtype, int device,
+         const DecodeParams& sizes, nb::handle choose) -> Any {
+        const Arguments arguments{q,          kv_cache,        block_table, seq_lens, cu_seqlens_q,   out,
+                                  lse,        workspace,       plan,        scale,    causal,         d_v,
+                                  return_lse, batch_invariant, max_seq_len, forced,   read_settings()};
         return Any(decode_first(arguments, find_variant(variant), find_dtype(dtype), device, sizes, choose));
       },
       "q"_a.none(), "kv_cache"_a.none(), "block_table"_a.none(), "seq_lens"_a.none(), "cu_seqlens_q"_a.none(),
       "out"_a.none(), "lse"_a.none(), "workspace"_a.none(), "plan"_a.none(), "scale"_a.none(), "causal"_a.none(),
-      "d_v"_a.none(), "return_lse"_a.none(), "batch_invariant"_a.none(), "forced"_a, "variant"_a, "dtype"_a, "device"_a,
-      "sizes"_a, "choose"_a.none(), "The same for a call that was checked; prepares for others like it.");
+      "d_v"_a.none(), "return_lse"_a.none(), "batch_invariant"_a.none(), "max_seq_len"_a.none(), "forced"_a,
+      "variant"_a, "dtype"_a, "device"_a, "sizes"_a, "choose"_a.none(),
+      "The same for a call that was checked; prepares for others like it.");
 
   m.def(
       "address_range",
@@ -99,6 +101,7 @@ void bind_calls(nb::module_& m) {
         return std::make_pair(view.data, view.data + reach_of(view));
       },
       "tensor"_a, "The addresses of its first byte and behind its last; the same where it has none.");
+  m.def("rounded_length", &rounded_length, "length"_a, "What the choice of a variant goes by for a length at most.");
   m.def("capturing", &capturing, "device"_a, "stream"_a, "Whether a stream is being captured into a graph.");
   m.def("workspaces", &kept_workspaces, "(device, stream, bytes) of each workspace that is kept.");
   m.def("num_prepared", &num_prepared, "How many calls are prepared.");

@@ -54,11 +54,10 @@ bool read_scale(nb::handle value, double& scale) {
   return std::isfinite(scale);
 }
 
-constexpr int32_t kNoDv = -1;
-
-bool read_d_v(nb::handle value, int32_t& d_v) {
-  d_v = kNoDv;
-  return value.is_none() || (PyLong_CheckExact(value.ptr()) && nb::try_cast(value, d_v) && d_v >= 0);
+// -1 for None.
+bool read_size(nb::handle value, int32_t& size) {
+  size = -1;
+  return value.is_none() || (PyLong_CheckExact(value.ptr()) && nb::try_cast(value, size) && size >= 0);
 }
 
 bool read_plan(nb::handle plan, Call& call) {
@@ -76,11 +75,12 @@ bool needs_backward(nb::handle value) {
 }
 
 bool read(Read read_tensor, const Arguments& arguments, Call& call) {
-  int32_t d_v;
+  int32_t d_v, max_seq_len;
   if (!read_tensors(read_tensor, arguments, call) || !read_flag(arguments.causal, call.causal) ||
       !read_flag(arguments.return_lse, call.return_lse) ||
       !read_flag(arguments.batch_invariant, call.batch_invariant) || !read_scale(arguments.scale, call.scale) ||
-      !read_d_v(arguments.d_v, d_v) || !read_plan(arguments.plan, call) || !call.key.add_text(arguments.forced))
+      !read_size(arguments.d_v, d_v) || !read_size(arguments.max_seq_len, max_seq_len) ||
+      !read_plan(arguments.plan, call) || !call.key.add_text(arguments.forced))
     return false;
   if (call.plan)
     for (const int64_t word : call.plan->words()) call.key.add(word);
@@ -88,12 +88,20 @@ bool read(Read read_tensor, const Arguments& arguments, Call& call) {
   call.options = call.causal | call.return_lse << 1 | arguments.settings.logs_dispatch << 2 | !!call.plan << 3 |
                  call.batch_invariant << 4 | int64_t{d_v} << 32;
   call.key.add(call.options);
+  if (!call.plan) call.max_seq_len = rounded_length(max_seq_len);
+  call.key.add(call.max_seq_len);
   call.out = arguments.out;
   call.lse = arguments.lse;
   return true;
 }
 
 }  // namespace
+
+int32_t rounded_length(int32_t length) {
+  int64_t step = 1;
+  while (length >= step * 16) step *= 2;
+  return static_cast<int32_t>(std::min<int64_t>((length + step - 1) / step * step, INT32_MAX));
+}
 
 bool Key::add_text(std::string_view text) {
   if (text.size() > kMaxTextBytes) return false;

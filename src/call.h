@@ -18,6 +18,10 @@ namespace mla {
 enum Slot { kQ, kQRope, kKv, kKvRope, kBlockTable, kSeqLens, kCuSeqlensQ, kOut, kLse, kWorkspace, kNumSlots };
 constexpr int kFirstWritten = kOut;
 
+// What the choice of a variant goes by where a caller says how long requests are at most: a few of its bits, rounded up, so that a
+// length that grows with every step makes a new call every eighth to sixteenth of it.
+int32_t rounded_length(int32_t length);
+
 // Calls of equal keys differ in addresses, `scale` and what their tensors hold, and in nothing else.
 class Key {
  public:
@@ -31,14 +35,14 @@ class Key {
   size_t hash() const;
 
  private:
-  static constexpr int kMaxTextBytes = 64, kFlagWords = 1;
+  static constexpr int kMaxTextBytes = 64, kFlagWords = 2;
   std::array<int64_t, kNumSlots * kMaxTensorWords + kMaxTextBytes / 8 + 1 + kPlanWords + kFlagWords> words_;
   int size_ = 0;
 };
 
 struct Arguments {
   nanobind::handle q, kv_cache, block_table, seq_lens, cu_seqlens_q, out, lse, workspace, plan;
-  nanobind::handle scale, causal, d_v, return_lse, batch_invariant;
+  nanobind::handle scale, causal, d_v, return_lse, batch_invariant, max_seq_len;
   std::string_view forced;  // the name in force, empty if none is
   Settings settings;
 };
@@ -49,7 +53,8 @@ struct Call {
   PlannedSchedule* plan = nullptr;
   double scale = 0;
   bool causal = false, return_lse = false, batch_invariant = false;
-  int64_t options = 0;  // the flags, d_v and what else has no tensor
+  int32_t max_seq_len = -1;  // rounded; -1: not said, or of no account, as the plan has the variant
+  int64_t options = 0;       // the flags, d_v and what else has no tensor
   Key key;
 };
 

@@ -23,7 +23,8 @@ constexpr size_t kMaxPrepared = 4096;
 // Calls that differ in sizes only: what Python decided for the last of them that it saw.
 struct Kind {
   Decision decision;
-  nb::object choose;  // the name of the variant, of (b, s_q, total_q, max_pages); None if it is the same for all
+  nb::object
+      choose;  // the name of the variant, of (b, s_q, total_q, max_pages, max_seq_len); None if it is the same for all
 };
 
 struct HashKey {
@@ -106,8 +107,8 @@ std::shared_ptr<const Prepared> prepare_alike(const Arguments& arguments, const 
   if (!read_sizes(call, decision.sizes)) return {};
   if (!kind->choose.is_none()) {
     const Lengths& lengths = decision.sizes.lengths;
-    const nb::object name =
-        kind->choose(lengths.num_requests, lengths.s_q, lengths.total_q, call.tensors[kBlockTable].size(1));
+    const nb::object name = kind->choose(lengths.num_requests, lengths.s_q, lengths.total_q,
+                                         call.tensors[kBlockTable].size(1), call.max_seq_len);
     decision.variant = &find_variant(nb::cast<std::string_view>(name));
   }
   const auto made = std::make_shared<Prepared>();

@@ -47,6 +47,7 @@ class Recipe:
     variant: str | None = None
     context: str | None = None  # of use_variant
     batch_invariant: bool = False
+    max_seq_len: int | None = None
 
     def tensor(self, *shape: int, dtype: torch.dtype) -> Tensor:
         if not self.padded:
@@ -84,6 +85,7 @@ class Recipe:
                     total_q=rows[0] if self.ragged else None,
                     max_pages=None if self.plan == "free" else self.max_pages - 1,
                     batch_invariant=self.batch_invariant,
+                    max_seq_len=self.max_seq_len,
                     variant=self.variant,
                 )
         return {
@@ -101,6 +103,7 @@ class Recipe:
             "plan": plan,
             "workspace": torch.empty(64 << 20, dtype=torch.uint8) if self.workspace else None,
             "batch_invariant": self.batch_invariant,
+            "max_seq_len": self.max_seq_len,
             "variant": self.variant,
         }
 
@@ -119,6 +122,7 @@ CHOICES: dict[str, list[object]] = {
     "plan": ["", "free", "bounded"],
     "variant": [None, "sm80"],
     "context": [None, "sm80"],
+    "max_seq_len": [None, 0, 20, 5000],
 }
 FLAGS = [f.name for f in fields(Recipe) if f.name not in CHOICES]
 CHANGES = st.one_of(

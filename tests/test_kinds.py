@@ -28,6 +28,7 @@ SIZES = [
     {"pages": 9},
     {"max_pages": 1},
     {"max_pages": 300},
+    {"max_seq_len": 5000},
     {"b": 40, "s_q": 2, "pages": 7, "max_pages": 100},
 ]
 RIGHT = [
@@ -95,6 +96,38 @@ def test_the_variant_is_chosen_anew(launches: list[Launch], firsts: list[str]) -
             assert report.variant is not None
             assert launches[-1].variant == report.variant.name
     assert len(chosen) > 1
+    assert firsts == ["first"]
+
+
+def test_the_variant_is_chosen_by_what_the_caller_says(
+    launches: list[Launch], firsts: list[str]
+) -> None:
+    """Of a block table for the longest context; a length that grows makes few calls anew."""
+    recipe = Recipe(b=16, h_q=128, page_size=64, max_pages=2000)
+    mla.decode(**recipe.call())
+    widest = launches[-1].variant
+    chosen = set()
+    known = _mla.num_prepared()
+    for length in range(1, 3000):
+        mla.decode(**replace(recipe, max_seq_len=length).call())
+        chosen.add(launches[-1].variant)
+        report = mla.explain(h_q=128, b=16, kv_len=2000 * 64, max_seq_len=length, device="A100")
+        assert report.variant is not None
+        assert launches[-1].variant == report.variant.name
+    assert chosen > {widest}
+    assert firsts == ["first"]
+    assert _mla.num_prepared() - known < 90
+
+
+def test_with_a_plan_it_decides_nothing(launches: list[Launch], firsts: list[str]) -> None:
+    recipe = Recipe(plan="free")
+    call = recipe.call()
+    mla.decode(**call)
+    known = _mla.num_prepared()
+    for length in (None, 3, 100_000):
+        mla.decode(**call | {"max_seq_len": length})
+    assert len({launch.variant for launch in launches if launch.kind == "decode"}) == 1
+    assert _mla.num_prepared() == known
     assert firsts == ["first"]
 
 

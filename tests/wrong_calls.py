@@ -425,6 +425,16 @@ WRONG: dict[str, tuple[Callable[[], Arguments], type[Exception], str]] = {
         T,
         "scale: got '0.1', expected a number",
     ),
+    "a max_seq_len that is no number": (
+        lambda: given(uniform, max_seq_len="1"),
+        TypeError,
+        "max_seq_len: got '1', expected an int",
+    ),
+    "a max_seq_len below 0": (
+        lambda: given(uniform, max_seq_len=-1),
+        ValueError,
+        "max_seq_len: got -1, expected 0 to 2^31 - 1",
+    ),
     "an unknown variant": (
         lambda: given(uniform, variant="sm75"),
         V,

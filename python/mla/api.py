@@ -29,6 +29,7 @@ def decode(
     plan: Plan | None = None,
     workspace: Tensor | None = None,
     batch_invariant: bool = False,
+    max_seq_len: int | None = None,
     variant: str | None = None,
 ) -> Tensor: ...
 
@@ -50,6 +51,7 @@ def decode(
     plan: Plan | None = None,
     workspace: Tensor | None = None,
     batch_invariant: bool = False,
+    max_seq_len: int | None = None,
     variant: str | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -71,6 +73,7 @@ def decode(
     plan: Plan | None = None,
     workspace: Tensor | None = None,
     batch_invariant: bool = False,
+    max_seq_len: int | None = None,
     variant: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
@@ -91,6 +94,7 @@ def decode(
     plan: Plan | None = None,
     workspace: Tensor | None = None,
     batch_invariant: bool = False,
+    max_seq_len: int | None = None,
     variant: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Absorbed MLA attention of a few query tokens per request over a paged latent cache.
@@ -118,6 +122,10 @@ def decode(
         in the batch it stands, and however its pages lie: variant and splits follow from its own
         length and rows, its dims and dtype. Slower, and needs scratch memory that grows with the
         batch (mla/workspace.py has the formula). A plan for it is made with the same argument.
+    max_seq_len: KV tokens of the longest request, where the host knows them. The choice of a
+        variant goes by it, rounded up, instead of what a row of the block table reaches, which is
+        more in engines whose block tables are for the longest context. It limits nothing: longer
+        requests get right results too. With a plan or `batch_invariant` it decides nothing.
     variant: a pipeline or a variant to force; `mla.variants()` lists them.
 
     Returns out, or (out, lse) with `return_lse`: lse is the natural logarithm of the sum of
@@ -149,6 +157,7 @@ def decode(
         d_v,
         return_lse,
         batch_invariant,
+        max_seq_len,
         variant,
         in_context(),
     )
@@ -169,5 +178,6 @@ def decode(
         d_v,
         return_lse,
         batch_invariant,
+        max_seq_len,
         variant,
     )

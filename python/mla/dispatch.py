@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeAlias
 from . import _mla, costs
 from .device import Device
 from .errors import UnsupportedError
-from .estimate import Cut, Estimate, Model, cut, estimate, model
+from .estimate import Cut, Estimate, Model, estimate, model
 from .problem import Kind, Problem
 from .variants import VARIANTS, Variant
 
@@ -114,17 +114,24 @@ def choose(problem: Problem, device: Device, request: Forced | None) -> Variant:
 
 def chooser(
     problem: Problem, device: Device, request: Forced | None
-) -> Callable[[int, int, int, int], str] | None:
-    """Names what `choose` returns where b, s_q, total_q and max_pages are others.
+) -> Callable[[int, int, int, int, int], str] | None:
+    """Names what `choose` returns where b, s_q, total_q, max_pages and max_seq_len are others.
 
-    None where that is always the same. The problem has a variant.
+    A max_seq_len below 0 stands for None, and others are rounded. None where that is always the
+    same. The problem has a variant.
     """
     able = _rivals(problem.kind, _ranked(problem).kind, device, request)
     if len(able) == 1 or problem.batch_invariant:
         return None
 
-    def name(b: int, s_q: int, total_q: int, max_pages: int) -> str:
-        sizes = problem._replace(b=b, s_q=s_q, total_q=total_q, max_pages=max_pages)
+    def name(b: int, s_q: int, total_q: int, max_pages: int, max_seq_len: int) -> str:
+        sizes = problem._replace(
+            b=b,
+            s_q=s_q,
+            total_q=total_q,
+            max_pages=max_pages,
+            max_seq_len=None if max_seq_len < 0 else max_seq_len,
+        )
         return _fastest(able, sizes, device).name
 
     return name
@@ -134,16 +141,16 @@ def _fastest(able: Rivals, problem: Problem, device: Device) -> Variant:
     best, _ = able[0]
     if len(able) == 1:
         return best
-    b, rows, max_len, workers = problem.b, problem.rows, problem.max_len, device.sm_count
-    cuts: dict[int, Cut] = {}
+    b, rows, length, workers = problem.b, problem.rows, problem.likely_len, device.sm_count
+    cuts: dict[tuple[int, int], Cut] = {}
     best_us = float("inf")
     for variant, found in able:
         us = 0.0
         if found:
-            height = found.block_rows
-            made = cuts.get(height)
+            tile = found.block_rows, found.block_n
+            made = cuts.get(tile)
             if made is None:
-                made = cuts[height] = cut(b, rows, max_len, height, workers)
+                made = cuts[tile] = _mla.cut(b, rows, length, *tile, workers)
             us = found.us(made)
         if us < best_us:
             best, best_us = variant, us

@@ -141,6 +141,7 @@ def explain(
     cu_seqlens_q: Tensor | None = None,
     d_v: int | None = None,
     batch_invariant: bool = False,
+    max_seq_len: int | None = None,
     variant: str | None = None,
     b: int = 1,
     s_q: int = 1,
@@ -166,7 +167,7 @@ def explain(
     """
     if q is not None and kv_cache is not None and block_table is not None and seq_lens is not None:
         inputs = Inputs.of(q, kv_cache, block_table, seq_lens, cu_seqlens_q)
-        problem = Problem.from_tensors(inputs, d_v, batch_invariant)
+        problem = Problem.from_tensors(inputs, d_v, batch_invariant, max_seq_len)
         return of_problem(problem, facts(inputs.q.device), variant)
     if not q is kv_cache is block_table is seq_lens is None:
         raise TypeError(
@@ -182,5 +183,6 @@ def explain(
         page_size=page_size,
         max_pages=ceil_div(kv_len, page_size),
         batch_invariant=batch_invariant,
+        max_seq_len=max_seq_len,
     )
     return of_problem(problem, resolve(device), variant)

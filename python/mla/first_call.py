@@ -38,11 +38,12 @@ def decode(
     d_v: int | None,
     return_lse: bool,
     batch_invariant: bool,
+    max_seq_len: int | None,
     variant: str | None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`mla.decode`, but for the calls that are prepared."""
     inputs = Inputs.of(q, kv_cache, block_table, seq_lens, cu_seqlens_q)
-    problem = Problem.from_tensors(inputs, d_v, batch_invariant)
+    problem = Problem.from_tensors(inputs, d_v, batch_invariant, max_seq_len)
     scale = _number(scale)
     target = inputs.q.device
     device = facts(target)
@@ -90,6 +91,7 @@ def decode(
         None if d_v is None else problem.d_v,
         bool(return_lse),
         problem.batch_invariant,
+        problem.max_seq_len,
         "" if request is None else request.name,
         chosen.name,
         DTYPES[problem.dtype],

@@ -104,6 +104,7 @@ def plan(
     total_q: int | None = None,
     max_pages: int | None = None,
     batch_invariant: bool = False,
+    max_seq_len: int | None = None,
     variant: str | None = None,
 ) -> Plan:
     """Chooses a variant and schedules a step; pass the result to every `decode` of it.
@@ -116,6 +117,8 @@ def plan(
         the block table's reach leave their requests' results undefined; no call reads outside the
         cache or the table either way.
     batch_invariant: as in the calls that it is for.
+    max_seq_len: KV tokens of the longest request, where the host knows them: the variant is chosen
+        for them. It limits nothing, now or at `update`.
     variant: a pipeline or a variant to force.
 
     TypeError, ValueError and UnsupportedError as `decode`.
@@ -141,6 +144,7 @@ def plan(
         s_q=s_q,
         total_q=total_q,
         batch_invariant=batch_invariant,
+        max_seq_len=max_seq_len,
     )
     chosen = choose(problem, facts(seq_lens.device), forced(variant))
     return Plan(problem, chosen, seq_lens, cu_seqlens_q, bounded=max_pages is not None)

@@ -37,6 +37,7 @@ class Problem(NamedTuple):
     max_pages: int  # columns of the block table
     ragged: bool = False
     batch_invariant: bool = False
+    max_seq_len: int | None = None  # of the longest request, as the caller says; rounded up
 
     @property
     def kind(self) -> Kind:
@@ -46,6 +47,17 @@ class Problem(NamedTuple):
     def max_len(self) -> int:
         """KV tokens that a row of the block table reaches, or kernels can count."""
         return min(self.max_pages * self.page_size, _mla.MAX_LEN)
+
+    @property
+    def likely_len(self) -> int:
+        """KV tokens that a request counts with where lengths are not known.
+
+        No more than the caller says; or all that a row of the block table reaches, but for half a
+        page, as requests end anywhere in their last one.
+        """
+        if self.max_seq_len is None:
+            return self.max_len - self.page_size // 2 if self.max_pages else 0
+        return min(self.max_len, self.max_seq_len)
 
     @property
     def rows(self) -> int:
@@ -58,11 +70,23 @@ class Problem(NamedTuple):
         Not query tokens, as those of a ragged request are known on the device only. It has the work
         of a large batch: one request that fills any GPU.
         """
-        return self._replace(b=1, s_q=1, total_q=1, page_size=64, max_pages=1 << 14, ragged=False)
+        return self._replace(
+            b=1,
+            s_q=1,
+            total_q=1,
+            page_size=64,
+            max_pages=1 << 14,
+            ragged=False,
+            max_seq_len=None,
+        )
 
     @classmethod
     def from_tensors(
-        cls, inputs: Inputs, d_v: int | None = None, batch_invariant: bool = False
+        cls,
+        inputs: Inputs,
+        d_v: int | None = None,
+        batch_invariant: bool = False,
+        max_seq_len: int | None = None,
     ) -> Problem:
         """The problem of a call. Checks all that needs no tensor's values.
 
@@ -84,6 +108,7 @@ class Problem(NamedTuple):
                 max_pages=inputs.block_table.shape[1],
                 ragged=ragged,
                 batch_invariant=bool(batch_invariant),
+                max_seq_len=_rounded(max_seq_len),
             )
         )
 
@@ -101,6 +126,7 @@ class Problem(NamedTuple):
         total_q: int | None = None,
         d_v: int | None = None,
         batch_invariant: bool = False,
+        max_seq_len: int | None = None,
     ) -> Problem:
         """A problem without tensors. A `total_q` makes the query ragged and `s_q` meaningless."""
         ragged = total_q is not None
@@ -121,17 +147,26 @@ class Problem(NamedTuple):
                 max_pages=check_size("max_pages", max_pages, 0),
                 ragged=ragged,
                 batch_invariant=bool(batch_invariant),
+                max_seq_len=_rounded(max_seq_len),
             )
         )
 
     def __str__(self) -> str:
         query = f"{self.total_q} ragged query tokens" if self.ragged else f"s_q={self.s_q}"
         mode = ", batch-invariant" if self.batch_invariant else ""
+        length = "" if self.max_seq_len is None else f", expected to have {self.likely_len}"
         return (
-            f"b={self.b}, {query}, h_q={self.h_q}, up to {self.max_len} KV tokens, "
+            f"b={self.b}, {query}, h_q={self.h_q}, up to {self.max_len} KV tokens{length}, "
             f"page_size={self.page_size}, d_qk={self.d_qk}, d_v={self.d_v}, "
             f"{DTYPES[self.dtype]}{mode}"
         )
+
+
+def _rounded(max_seq_len: int | None) -> int | None:
+    """Up, so that a length that grows with every step is a new call only now and then."""
+    if max_seq_len is None:
+        return None
+    return _mla.rounded_length(check_size("max_seq_len", max_seq_len, 0))
 
 
 def _countable(problem: Problem) -> Problem:

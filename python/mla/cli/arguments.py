@@ -39,6 +39,11 @@ def _explain(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--batch-invariant", action="store_true", help="of the batch-invariant mode"
     )
+    parser.add_argument(
+        "--max-seq-len",
+        type=int,
+        help="of the longest request, where --kv is a block table's width",
+    )
     parser.add_argument("--variant", help="force a pipeline or a variant by name")
     parser.add_argument(
         "--prefill",

@@ -28,6 +28,7 @@ def run(args: Namespace) -> int:
             page_size=args.page_size,
             device=args.gpu or args.device,
             batch_invariant=args.batch_invariant,
+            max_seq_len=args.max_seq_len,
             variant=args.variant,
         )
     except (ValueError, TypeError) as error:

@@ -26,16 +26,24 @@ class Regret(NamedTuple):
 
 
 def regrets(
-    samples: Iterable[Sample], device: Device, classes: Mapping[str, Costs]
+    samples: Iterable[Sample],
+    device: Device,
+    classes: Mapping[str, Costs],
+    *,
+    told: bool = False,
 ) -> list[Regret]:
-    """One for each case, in order, if dispatch chose among the variants measured."""
+    """One for each case, in order, if dispatch chose among the variants measured.
+
+    told: by callers who say how long the longest request is.
+    """
     by_case: dict[str, list[Sample]] = {}
     for sample in samples:
         by_case.setdefault(sample.case_id, []).append(sample)
 
     def predicted_us(sample: Sample) -> float:
         found = classes[costs.class_name(sample.variant)]
-        return predictor(device, found)(sample.variant, sample.problem)
+        problem = sample.told if told else sample.problem
+        return predictor(device, found)(sample.variant, problem)
 
     found = []
     for case_id, rivals in by_case.items():
@@ -51,11 +59,11 @@ def geometric_mean(found: Iterable[Regret]) -> float:
     return math.exp(sum(logarithms) / max(len(logarithms), 1))
 
 
-def print_regret(found: list[Regret]) -> None:
+def print_regret(found: list[Regret], by: str = "the choice") -> None:
     """Mean and worst, and the cases that cost most."""
     worst = sorted(found, reverse=True)
     console.print(
-        f"the choice costs {geometric_mean(found) - 1:.2%} in the geometric mean of {len(found)} "
+        f"{by} costs {geometric_mean(found) - 1:.2%} in the geometric mean of {len(found)} "
         f"cases, {worst[0].ratio - 1 if worst else 0:.2%} at worst",
         style="bold",
     )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from mla import estimate
+from mla import _mla, estimate
 from mla.costs_file import Costs
 from mla.device import Device
 from mla.problem import Problem
@@ -27,10 +28,23 @@ class Sample:
     equal_lengths: bool
     variant: Variant
     us: float
+    longest: int | None = None  # KV tokens of a request
+
+    @property
+    def known(self) -> Problem:
+        """The problem with the length that requests have."""
+        return self.problem._replace(max_seq_len=self.longest)
+
+    @property
+    def told(self) -> Problem:
+        """The problem of a caller who says how long requests are."""
+        longest = None if self.longest is None else _mla.rounded_length(self.longest)
+        return self.problem._replace(max_seq_len=longest)
 
 
 def sample(case: Case, variant: Variant, us: float) -> Sample:
-    return Sample(case.id, case.problem(), len(set(case.seq_lens)) == 1, variant, us)
+    equal = len(set(case.seq_lens)) == 1
+    return Sample(case.id, case.problem(), equal, variant, us, max(case.seq_lens))
 
 
 def read_runs(
@@ -70,12 +84,15 @@ def _sample(
     return sample(cases[case], variants[name], us)
 
 
+_cut = lru_cache(maxsize=1 << 14)(_mla.cut)  # a fit asks for the same ones again and again
+
+
 def predictor(device: Device, found: Costs) -> Callable[[Variant, Problem], float]:
     """Microseconds with these constants."""
 
     def us(variant: Variant, problem: Problem) -> float:
-        sizes = (problem.b, problem.rows, problem.max_len, variant.block_rows)
-        made = estimate.cut(*sizes, device.sm_count)
-        return estimate.model_of(variant, problem.kind, found).us(made)
+        sizes = (problem.b, problem.rows, problem.likely_len, variant.block_rows, variant.block_n)
+        model = estimate.model_of(variant, problem.kind, found)
+        return model.us(_cut(*sizes, device.sm_count))
 
     return us

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from ...errors import UnsupportedError
+from .. import refusal
 
 MISSING = {
     "is_fp8_kvcache": "8-bit caches",
@@ -25,15 +25,11 @@ MISSING = {
 
 
 def refuse(**given: object) -> None:
-    for name, value in given.items():
-        if value is not None:
-            _unsupported(name)
+    refusal.refuse(MISSING, **given)
 
 
 def _unsupported(name: str) -> NoReturn:
-    raise UnsupportedError(
-        f"{name}: mla has no {MISSING[name]}, only dense decode of 16-bit caches", {}
-    )
+    refusal.unsupported(name, MISSING[name])
 
 
 # Here so that an import line with FlashMLA's other names works. Each raises UnsupportedError.
