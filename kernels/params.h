@@ -124,8 +124,8 @@ struct DecodeParams {
   const PlanHeader* plan;   // lengths as they were when it was made; num_workers as here
   int32_t num_workers;      // CTAs of the grid
   int32_t batch_invariant;  // the planner is to make such a plan, and partial results have that many slots
-  float* o_partial;         // [slots, block_rows, d_v]
-  float* lse2_partial;      // [slots, block_rows], base 2
+  void* o_partial;          // [slots, block_rows, d_v], of kPartialBytes
+  float* lse2_partial;      // [slots, 1 + kColumnRuns, block_rows], base 2
 
   // What boxes of the cache are fetched by, filled in by the launch for the pipelines that do: 3-D (column, slot, page), boxes of
   // 64 columns x box_rows slots x 1 page, 128-byte swizzle, zeros for what lies outside. A box of the rope map is as wide, although
@@ -136,6 +136,9 @@ struct DecodeParams {
 
 // TMA boxes of the cache have at least this many rows of one page; pages that none fit are copied row by row.
 constexpr int kMinBoxRows = 16;
+
+// Partial results: bytes of a number, and the runs of a row's columns that are scaled alike (common/partials.cuh).
+constexpr int kPartialBytes = 2, kColumnRuns = 8;
 
 // Launch shapes of the two small kernels; those of the pipelines are in variants.inc.
 constexpr int kPlanThreads = 512;  // one CTA; the sums over group sizes need more registers than 1024 threads have

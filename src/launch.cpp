@@ -84,4 +84,9 @@ int64_t partial_slots(const Variant& variant, const DecodeParams& params) {
                                 : schedule::partial_slots(params.num_workers);
 }
 
+PartialBytes partial_bytes(const Variant& variant, const DecodeParams& params) {
+  const int64_t rows = partial_slots(variant, params) * variant.block_rows;
+  return {rows * variant.d_v * kPartialBytes, rows * (1 + kColumnRuns) * static_cast<int64_t>(sizeof(float))};
+}
+
 }  // namespace mla

@@ -1,7 +1,7 @@
 // Merges the partial results of split items: out = sum_s w_s o_s with w_s = 2^(lse2_s - lse2), lse2 = log2 sum_s 2^lse2_s.
 //
 // A CTA takes 16 rows of an item and some of their columns, 16 a warp or 16 for several warps, which then share the parts: with
-// few tasks all parts are in flight at once, with many no warp waits for another. Parts are added four at a time, and these sums one
+// few tasks all parts are in flight at once, with many no warp waits for another. Parts are added eight at a time, and these sums one
 // after the other, however many warps share them: the bits depend on the parts alone.
 
 #include "dtype.cuh"
@@ -12,8 +12,7 @@
 namespace mla {
 
 constexpr int kCombineWarps = kCombineThreads / 32;
-constexpr int kWarpTiles = 2;   // of 8 columns, that a warp merges
-constexpr int kChunkParts = 4;  // that are asked for at once, and added before anything else is
+constexpr int kChunkParts = 8;  // that are asked for at once, and added before anything else is
 constexpr int kLanesPerRow = kCombineThreads / kFragmentRows;
 
 // What the kernel before in the stream wrote may be read from here on. It may still run when this one starts.
@@ -23,16 +22,11 @@ __device__ __forceinline__ void wait_for_kernel_before() {
 #endif
 }
 
-__device__ __forceinline__ void add(float4& sum, float weight_upper, float weight_lower, const float4& x) {
-  sum.x += weight_upper * x.x, sum.y += weight_upper * x.y;
-  sum.z += weight_lower * x.z, sum.w += weight_lower * x.w;
-}
-
 template <class T, int DV>
 __device__ __forceinline__ void combine(const DecodeParams& p, schedule::Shape shape) {
-  __shared__ float4 sums[kCombineWarps][kWarpTiles][32];
-  __shared__ float2 states[kLanesPerRow][kFragmentRows];             // max and sum of some of a row's parts
-  constexpr int column_blocks = DV / kFragmentColumns / kWarpTiles;  // that a warp takes
+  __shared__ float4 sums[kCombineWarps][2][32];
+  __shared__ float2 states[kLanesPerRow][kFragmentRows];  // max and sum of some of a row's parts
+  constexpr int column_blocks = DV / kFragmentColumns;    // that a warp takes
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4;
   const SplitItem* splits = schedule::splits_of(p.plan);
   const int group_size = p.plan->group_size, num_items = p.plan->num_splits;
@@ -67,28 +61,25 @@ __device__ __forceinline__ void combine(const DecodeParams& p, schedule::Shape s
     auto slot_of = [&](int part) {
       return (part == 0 ? item.first_slot : item.second_slot + (part - 1) * item.slot_step) + member;
     };
-    auto lse2_at = [&](int part, int row) {
-      return part < num_parts && row < num_rows
-                 ? *partial_lse2(p, shape.block_rows, slot_of(part), block_tile * kFragmentRows + row)
-                 : kNegInf;
-    };
+    const int run = column_block / (column_blocks / kColumnRuns);
 
     // The first parts of the warp are asked for before anybody knows what they count.
-    float4 x[kChunkParts][kWarpTiles];
+    uint4 x[kChunkParts];
     float part_lse2[kChunkParts / 2];  // of row lane % 16, of part lane / 16 of each two
     auto load_chunk = [&](int chunk) {
 #pragma unroll
       for (int i = 0; i < kChunkParts; ++i) {
         const int part = chunk * kChunkParts + i;
         if (part >= num_parts) break;
-        const float4* from =
-            partial_fragment(p, shape.block_rows, DV, slot_of(part), block_tile, column_block * kWarpTiles);
-#pragma unroll
-        for (int n = 0; n < kWarpTiles; ++n) x[i][n] = from[n * 32];
+        x[i] = *partial_fragment(p, shape.block_rows, DV, slot_of(part), block_tile, column_block);
       }
 #pragma unroll
-      for (int i = 0; i < kChunkParts / 2; ++i)
-        part_lse2[i] = lse2_at(chunk * kChunkParts + i * 2 + lane / kFragmentRows, lane % kFragmentRows);
+      for (int i = 0; i < kChunkParts / 2; ++i) {
+        const int part = chunk * kChunkParts + i * 2 + lane / kFragmentRows, row = lane % kFragmentRows;
+        part_lse2[i] = part < num_parts && row < num_rows
+                           ? *run_lse2(p, shape.block_rows, slot_of(part), block_tile * kFragmentRows + row, run)
+                           : kNegInf;
+      }
     };
     if (sharer * kChunkParts < num_parts) load_chunk(sharer);
 
@@ -96,7 +87,10 @@ __device__ __forceinline__ void combine(const DecodeParams& p, schedule::Shape s
     float max = kNegInf, sum = 0.f;
 #pragma unroll 1
     for (int part = threadIdx.x / kFragmentRows; part < num_parts; part += kLanesPerRow) {
-      const float lse2 = lse2_at(part, threadIdx.x % kFragmentRows);
+      const int row = threadIdx.x % kFragmentRows;
+      const float lse2 = row < num_rows
+                             ? *partial_lse2(p, shape.block_rows, slot_of(part), block_tile * kFragmentRows + row)
+                             : kNegInf;
       const float raised = fmaxf(max, lse2), base = raised == kNegInf ? 0.f : raised;
       sum = sum * exp2_fast(max - base) + exp2_fast(lse2 - base);
       max = raised;
@@ -118,42 +112,51 @@ __device__ __forceinline__ void combine(const DecodeParams& p, schedule::Shape s
     }
     const float lse2_base = lse2 == kNegInf ? 0.f : lse2;
 
-    float4 o[kWarpTiles] = {};
+    float o[8] = {};
 #pragma unroll 1
     for (int first = 0; first * kChunkParts < num_parts; first += sharing) {
       const int chunk = first + sharer;
-      float4 part_sum[kWarpTiles] = {};
+      float part_sum[8] = {};
       if (chunk * kChunkParts < num_parts) {
 #pragma unroll
         for (int i = 0; i < kChunkParts; ++i) {
+          if (chunk * kChunkParts + i >= num_parts) break;
           const float weight = exp2_fast(part_lse2[i / 2] - lse2_base);
-          const float upper = __shfl_sync(0xffffffffu, weight, i % 2 * kFragmentRows + quad);
-          const float lower = __shfl_sync(0xffffffffu, weight, i % 2 * kFragmentRows + quad + 8);
-          if (chunk * kChunkParts + i < num_parts) {
+          const float weights[2] = {__shfl_sync(0xffffffffu, weight, i % 2 * kFragmentRows + quad),
+                                    __shfl_sync(0xffffffffu, weight, i % 2 * kFragmentRows + quad + 8)};
+          float of_part[8];
+          unpack_partial(x[i], of_part);
 #pragma unroll
-            for (int n = 0; n < kWarpTiles; ++n) add(part_sum[n], upper, lower, x[i][n]);
-          }
+          for (int j = 0; j < 8; ++j) part_sum[j] += weights[j / 2 % 2] * of_part[j];
         }
         if ((chunk + sharing) * kChunkParts < num_parts) load_chunk(chunk + sharing);
       }
       if (sharing > 1) {
 #pragma unroll
-        for (int n = 0; n < kWarpTiles; ++n) sums[warp][n][lane] = part_sum[n];
+        for (int i = 0; i < 2; ++i)
+          sums[warp][i][lane] =
+              make_float4(part_sum[i * 4], part_sum[i * 4 + 1], part_sum[i * 4 + 2], part_sum[i * 4 + 3]);
         __syncthreads();  // the sums of this round are there
 #pragma unroll 1
         for (int i = 0; i < sharing && sharer == 0; ++i)
 #pragma unroll
-          for (int n = 0; n < kWarpTiles; ++n) add(o[n], 1.f, 1.f, sums[warp + i * warps_apart][n][lane]);
+          for (int n = 0; n < 2; ++n) {
+            const float4 of_warp = sums[warp + i * warps_apart][n][lane];
+            o[n * 4] += of_warp.x, o[n * 4 + 1] += of_warp.y;
+            o[n * 4 + 2] += of_warp.z, o[n * 4 + 3] += of_warp.w;
+          }
         __syncthreads();  // they have been read
       } else {
 #pragma unroll
-        for (int n = 0; n < kWarpTiles; ++n) add(o[n], 1.f, 1.f, part_sum[n]);
+        for (int i = 0; i < 8; ++i) o[i] += part_sum[i];
       }
     }
 
     if (sharer == 0) {
-      store_fragments<T>(p, item.request, item.first_token, first_row, num_rows,
-                         column_block * kWarpTiles * kFragmentColumns, o);
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words[i] = pack2<T>(o[i * 2], o[i * 2 + 1]);
+      store_rows(p, item.request, item.first_token, first_row, num_rows, column_block * kFragmentColumns, words);
       if (p.lse && column_block == 0 && lane < min(num_rows, kFragmentRows)) {
         const int row = first_row + lane, token = divide(row, p.by_h_q), head = row - token * p.lengths.h_q;
         p.lse[item.request * p.lse_strides.batch + (item.first_token + token) * p.lse_strides.token +
