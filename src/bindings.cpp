@@ -179,8 +179,7 @@ NB_MODULE(_mla, m) {
   m.def(
       "partial_slots",
       [](std::string_view variant, const DecodeParams& params) { return partial_slots(find_variant(variant), params); },
-      "variant"_a, "params"_a,
-      "How many partial results o_partial and lse2_partial must have room for.");
+      "variant"_a, "params"_a, "How many partial results o_partial and lse2_partial must have room for.");
   m.def(
       "partial_bytes",
       [](std::string_view variant, const DecodeParams& params) {

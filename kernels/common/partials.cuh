@@ -14,8 +14,6 @@
 
 namespace mla {
 
-constexpr int kFragmentRows = 16, kFragmentColumns = 16;
-
 // The calling lane's share of a fragment; the next fragment is 32 further.
 __device__ __forceinline__ uint4* partial_fragment(const DecodeParams& p, int block_rows, int d_v, int slot,
                                                    int row_tile, int fragment) {
@@ -55,8 +53,7 @@ __device__ __forceinline__ void unpack_partial(const uint4& from, float (&x)[8])
 // Each of the four 8 x 8 tiles of a fragment transposed: as wgmma leaves O^T, by whole warps.
 __device__ __forceinline__ void transpose_tiles(uint32_t (&words)[4]) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
-    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(words[i]) : "r"(words[i]));
+  for (int i = 0; i < 4; ++i) asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(words[i]) : "r"(words[i]));
 }
 
 // A fragment's words, each two columns of a row, as rows of the output from column `column` on: neighbouring lanes exchange a word, so

@@ -68,8 +68,7 @@ __device__ __forceinline__ void load_shared_struct(Struct& x, uint32_t from) {
   static_assert(sizeof(Struct) % 16 == 0 && alignof(Struct) == 16);
   uint4* words = reinterpret_cast<uint4*>(&x);
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(Struct) / 16); ++i)
-    words[i] = load_shared_words(from + i * 16);
+  for (int i = 0; i < static_cast<int>(sizeof(Struct) / 16); ++i) words[i] = load_shared_words(from + i * 16);
 }
 
 // Tells the compiler that all lanes hold the same value, so that it can live in a uniform register.

@@ -41,9 +41,9 @@ struct Smem {
   float tile_max[kConsumers * kWarpgroupWarps][C::block_rows];  // of the 16 tokens of a warp
   // Of a row: of P over the piece, for a warp's tokens, and of the absolute values of O, for its columns.
   float row_sums[kConsumers * kWarpgroupWarps][C::block_rows][2];
-  uint64_t full[C::stages];                                     // the chunk is there
-  uint64_t free[C::stages];                                     // nobody reads it any more
-  uint64_t landed;  // the last tile of a request is there, but for its zeros
+  uint64_t full[C::stages];  // the chunk is there
+  uint64_t free[C::stages];  // nobody reads it any more
+  uint64_t landed;           // the last tile of a request is there, but for its zeros
   uint64_t q_full, q_free;
 };
 
@@ -392,19 +392,16 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
                             {sum[n * 2], size[n * 2], sum[n * 2 + 1], size[n * 2 + 1]});
       if (merges && threadIdx.x == 0) wait_for_partial(p, rows, C::d_v, other_slot);
       named_barrier_sync(kResult, kConsumerThreads);  // with itself
+      static_assert(kChunkColumns / kFragmentColumns == kWarpgroupWarps);
+      const int first_fragment = warpgroup * L::half_chunks * kWarpgroupWarps + warp;  // one in each chunk
       auto fragment_of = [&](int slot, int chunk) {
-        return partial_fragment(p, rows, C::d_v, slot, 0,
-                                (warpgroup * L::half_chunks + chunk) * (kChunkColumns / kFragmentColumns) + warp);
+        return partial_fragment(p, rows, C::d_v, slot, 0, first_fragment) + chunk * kWarpgroupWarps * 32;
       };
-      uint4 others[L::half_chunks];
-      if (merges)
-#pragma unroll
-        for (int chunk = 0; chunk < L::half_chunks; ++chunk) others[chunk] = __ldcg(fragment_of(other_slot, chunk));
       float scale[columns * 2], other[columns * 2] = {};
 #pragma unroll
       for (int n = 0; n < columns; ++n) {
         float total[4] = {};  // of two rows, as in shared memory
-#pragma unroll
+#pragma unroll 4
         for (int i = 0; i < kConsumers * kWarpgroupWarps; ++i) {
           float x[4];
           load_shared(x, row_sums_at(i, n * 8 + pair));
@@ -434,6 +431,10 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
             store_lse<C>(p, block, row, lse2, leaves);
         }
       }
+      uint4 others[L::half_chunks];
+      if (merges)
+#pragma unroll
+        for (int chunk = 0; chunk < L::half_chunks; ++chunk) others[chunk] = __ldcg(fragment_of(other_slot, chunk));
 #pragma unroll
       for (int chunk = 0; chunk < L::half_chunks; ++chunk) {
         float x[8] = {};
@@ -459,7 +460,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
           *fragment_of(block.partial_slot, chunk) = {words[0], words[1], words[2], words[3]};
         } else {
           store_rows(p, block.request, block.first_token, block.first_row, block.num_rows,
-                     ((warpgroup * L::half_chunks + chunk) * kWarpgroupWarps + warp) * kFragmentColumns, words);
+                     (first_fragment + chunk * kWarpgroupWarps) * kFragmentColumns, words);
         }
       }
       if (warp_uniform(block.pairs) & kLeavesLast) {
