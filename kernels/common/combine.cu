@@ -62,12 +62,11 @@ __device__ __forceinline__ void combine(const DecodeParams& p, schedule::Shape s
     const int num_rows = item.num_tokens * p.lengths.h_q - first_row;
     const unsigned num_parts = num_rows > 0 ? item.num_pieces : 0;
     const unsigned num_chunks = (num_parts + kChunkParts - 1) / kChunkParts;
-    auto slot_of = [&](unsigned part) {
-      return (part == 0 ? item.first_slot : item.second_slot + (static_cast<int>(part) - 1) * item.slot_step) + member;
-    };
+    const unsigned first_slot = item.first_slot + member, before_second = item.second_slot + member - item.slot_step;
+    auto slot_of = [&](unsigned part) { return part == 0 ? first_slot : before_second + part * item.slot_step; };
     const int row = lane % kFragmentRows, block_row = block_tile * kFragmentRows + row;
 
-    // The first parts of the warp are asked for before anybody knows what they count.
+    // The warp's first parts are asked for before anybody knows what they count.
     uint4 x[kChunkParts];
     float part_lse2[kChunkParts / 2];  // of the lane's row, of part lane / 16 of each two
     auto load_chunk = [&](unsigned chunk) {
@@ -85,10 +84,20 @@ __device__ __forceinline__ void combine(const DecodeParams& p, schedule::Shape s
                            : kNegInf;
       }
     };
+    // lse2 of the rows: each of 16 lanes looks at some of a row's parts.
+    float state_lse2[4];
+    auto load_states = [&](unsigned first) {
+#pragma unroll
+      for (unsigned i = 0; i < 4; ++i) {
+        const unsigned part = first + lane / kFragmentRows + i * kStateParts;
+        state_lse2[i] =
+            part < num_parts && row < num_rows ? *partial_lse2(p, shape.block_rows, slot_of(part), block_row) : kNegInf;
+      }
+    };
+    load_states(warp * 2);
     const unsigned first_sum = shares ? warp : 0, end_sum = shares ? warp + 1 : kCombineWarps;
     if (first_sum < num_chunks) load_chunk(first_sum);
 
-    // lse2 of the rows: each of 16 lanes looks at some of a row's parts.
     float max = kNegInf, sum = 0.f;
     auto add_state = [&](float other_max, float other_sum) {
       const float raised = fmaxf(max, other_max), base = raised == kNegInf ? 0.f : raised;
@@ -96,16 +105,11 @@ __device__ __forceinline__ void combine(const DecodeParams& p, schedule::Shape s
       max = raised;
     };
 #pragma unroll 1
-    for (unsigned first = warp * 2; first < num_parts; first += 4 * kStateParts) {
-      float lse2[4];
+    for (unsigned first = warp * 2; first < num_parts;) {
 #pragma unroll
-      for (unsigned i = 0; i < 4; ++i) {
-        const unsigned part = first + lane / kFragmentRows + i * kStateParts;
-        lse2[i] =
-            part < num_parts && row < num_rows ? *partial_lse2(p, shape.block_rows, slot_of(part), block_row) : kNegInf;
-      }
-#pragma unroll
-      for (unsigned i = 0; i < 4; ++i) add_state(lse2[i], 1.f);
+      for (unsigned i = 0; i < 4; ++i) add_state(state_lse2[i], 1.f);
+      first += 4 * kStateParts;
+      if (first < num_parts) load_states(first);
     }
     add_state(__shfl_xor_sync(0xffffffffu, max, kFragmentRows), __shfl_xor_sync(0xffffffffu, sum, kFragmentRows));
     if (lane < kFragmentRows) states[warp][row] = make_float2(max, sum);

@@ -4,8 +4,8 @@
 // of 32 lanes has 16 bytes. Lane 4 g + q has columns 2 q and 2 q + 1 of row g, then of row g + 8, then both of the next 8 columns.
 //
 // It is fp16, whatever the elements are, after a division by a power of two: one for each run of columns, an eighth of a row. So no
-// value is too large, and none rounded more than others that is not 2^19 times less than the largest. Beside a row's lse2 lies for each run what it counts
-// as in sums: lse2 plus that power.
+// value is too large, and none is rounded more than others that is not 2^19 times less than the largest. Beside a row's lse2 lies for
+// each run what it counts as in sums: lse2 plus that power.
 #pragma once
 
 #include "dtype.cuh"
@@ -14,19 +14,20 @@
 
 namespace mla {
 
-// The calling lane's share of a fragment; the next fragment is 32 further.
-__device__ __forceinline__ uint4* partial_fragment(const DecodeParams& p, int block_rows, int d_v, int slot,
-                                                   int row_tile, int fragment) {
-  const int64_t number =
-      (int64_t{slot} * (block_rows / kFragmentRows) + row_tile) * (d_v / kFragmentColumns) + fragment;
-  return static_cast<uint4*>(p.o_partial) + number * 32 + threadIdx.x % 32;
+// The calling lane's share of a fragment; the next fragment is 32 further. 32 bits count 64 GB of them.
+__device__ __forceinline__ uint4* partial_fragment(const DecodeParams& p, uint32_t block_rows, uint32_t d_v,
+                                                   uint32_t slot, uint32_t row_tile, uint32_t fragment) {
+  const uint32_t number = (slot * (block_rows / kFragmentRows) + row_tile) * (d_v / kFragmentColumns) + fragment;
+  return static_cast<uint4*>(p.o_partial) + (number * 32 + threadIdx.x % 32);
 }
 // Of a row: its own, or what run `run` of its columns counts as.
-__device__ __forceinline__ float* partial_lse2(const DecodeParams& p, int block_rows, int slot, int block_row) {
-  return p.lse2_partial + (int64_t{1 + kColumnRuns} * slot * block_rows + block_row);
+__device__ __forceinline__ float* partial_lse2(const DecodeParams& p, uint32_t block_rows, uint32_t slot,
+                                               uint32_t block_row) {
+  return p.lse2_partial + ((1 + kColumnRuns) * slot * block_rows + block_row);
 }
-__device__ __forceinline__ float* run_lse2(const DecodeParams& p, int block_rows, int slot, int block_row, int run) {
-  return partial_lse2(p, block_rows, slot, block_row) + (1 + run) * block_rows;
+__device__ __forceinline__ float* run_lse2(const DecodeParams& p, uint32_t block_rows, uint32_t slot,
+                                           uint32_t block_row, uint32_t run) {
+  return partial_lse2(p, block_rows, slot, block_row + (1 + run) * block_rows);
 }
 
 // The power of two that a run is divided by; `sum`: of its absolute values, or more of them. What then is in the run is below 2^15, and
