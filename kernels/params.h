@@ -77,7 +77,7 @@ constexpr int32_t kLeavesLast = 2;   // its last piece is the earlier one
 
 // An item in several pieces, whose partial results the combine kernel merges: that of piece 0 is at first_slot, that of piece i > 0 at
 // second_slot + (i - 1) * slot_step.
-struct SplitItem {
+struct alignas(16) SplitItem {
   int32_t request, first_token, num_tokens, first_row;  // as in Piece
   int32_t num_pieces;
   int32_t first_slot, second_slot, slot_step;  // of member 0
@@ -124,8 +124,8 @@ struct DecodeParams {
   const PlanHeader* plan;   // lengths as they were when it was made; num_workers as here
   int32_t num_workers;      // CTAs of the grid
   int32_t batch_invariant;  // the planner is to make such a plan, and partial results have that many slots
-  float* o_partial;         // [slots, block_rows, d_v]
-  float* lse2_partial;      // [slots, block_rows], base 2
+  void* o_partial;          // [slots, block_rows, d_v], of kPartialBytes
+  float* lse2_partial;      // [slots, 1 + kColumnRuns, block_rows], base 2
 
   // What boxes of the cache are fetched by, filled in by the launch for the pipelines that do: 3-D (column, slot, page), boxes of
   // 64 columns x box_rows slots x 1 page, 128-byte swizzle, zeros for what lies outside. A box of the rope map is as wide, although
@@ -137,9 +137,13 @@ struct DecodeParams {
 // TMA boxes of the cache have at least this many rows of one page; pages that none fit are copied row by row.
 constexpr int kMinBoxRows = 16;
 
+// Partial results (common/partials.cuh): bytes of a number, the runs of a row's columns that are scaled alike, and the fragments.
+constexpr int kPartialBytes = 2, kColumnRuns = 8;
+constexpr int kFragmentRows = 16, kFragmentColumns = 16;
+
 // Launch shapes of the two small kernels; those of the pipelines are in variants.inc.
 constexpr int kPlanThreads = 256;  // one CTA
-constexpr int kCombineThreads = 256, kCombineCtasPerWorker = 2;  // at most as many as an SM holds
+constexpr int kCombineThreads = 256, kCombineCtasPerWorker = 4;  // at most as many as an SM holds
 
 static_assert(sizeof(TensorMap) == 128);
 static_assert(sizeof(PlanHeader) == 48 && sizeof(PlanWorker) == 64 && sizeof(Piece) == 32 && sizeof(SplitItem) == 32);

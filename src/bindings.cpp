@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/vector.h>
@@ -189,9 +190,14 @@ NB_MODULE(_mla, m) {
   m.def(
       "partial_slots",
       [](std::string_view variant, const DecodeParams& params) { return partial_slots(find_variant(variant), params); },
-      "variant"_a, "params"_a,
-      "How many partial results o_partial, float32 [slots, block_rows, d_v], and lse2_partial, [slots, block_rows], "
-      "must have room for.");
+      "variant"_a, "params"_a, "How many partial results o_partial and lse2_partial must have room for.");
+  m.def(
+      "partial_bytes",
+      [](std::string_view variant, const DecodeParams& params) {
+        const PartialBytes bytes = partial_bytes(find_variant(variant), params);
+        return std::make_pair(bytes.o, bytes.lse2);
+      },
+      "variant"_a, "params"_a, "Sizes of o_partial and lse2_partial.");
   m.def("schedule", &host_schedule, "seq_lens"_a, "cu_seqlens_q"_a.none(), "s_q"_a, "total_q"_a, "h_q"_a, "max_len"_a,
         "block_rows"_a, "block_n"_a, "merges_pairs"_a, "num_workers"_a, "batch_invariant"_a = false,
         "The schedule that launch_plan would write, made on the host, with the pieces that it gives each worker.");

@@ -46,6 +46,13 @@ const DecodeKernels& decode_kernels(const Variant& variant, Dtype dtype, int dev
       .first->second;
 }
 
+// CTAs of the combine kernel: as many as an SM holds, or as it can have tasks.
+unsigned combine_ctas(const Variant& variant, const DecodeParams& params) {
+  const int64_t row_tiles = schedule::max_items(params.lengths, {kFragmentRows, 0, 0});
+  const int64_t tasks = row_tiles * (variant.d_v / kFragmentColumns);
+  return static_cast<unsigned>(schedule::clamp<int64_t>(tasks, 1, int64_t{kCombineCtasPerWorker} * params.num_workers));
+}
+
 }  // namespace
 
 void launch_plan(const Variant& variant, const DecodeParams& params, int device, uintptr_t stream) {
@@ -70,8 +77,8 @@ void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& give
   const DecodeKernels& kernels = decode_kernels(variant, dtype, device);
   launch_kernel(*kernels.decode, workers, 32 * static_cast<unsigned>(variant.warps), stream,
                 behind_planner ? kernels.decode_start : Start::after_kernel_before, params);
-  launch_kernel(*kernels.combine, kCombineCtasPerWorker * workers, kCombineThreads, stream, kernels.combine_start,
-                params, shape_of(variant));
+  launch_kernel(*kernels.combine, combine_ctas(variant, params), kCombineThreads, stream, kernels.combine_start, params,
+                shape_of(variant));
 }
 
 void preload(const Variant& variant, int device) {
@@ -95,6 +102,11 @@ int64_t plan_bytes(const Variant& variant, const DecodeParams& params) {
 int64_t partial_slots(const Variant& variant, const DecodeParams& params) {
   return params.batch_invariant ? parts::max_partials(params.lengths, shape_of(variant))
                                 : schedule::partial_slots(params.num_workers);
+}
+
+PartialBytes partial_bytes(const Variant& variant, const DecodeParams& params) {
+  const int64_t rows = partial_slots(variant, params) * variant.block_rows;
+  return {rows * variant.d_v * kPartialBytes, rows * (1 + kColumnRuns) * static_cast<int64_t>(sizeof(float))};
 }
 
 }  // namespace mla

@@ -23,9 +23,12 @@ void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& para
 // Does now what the first launches on this device would do: load the images and move them into the context.
 void preload(const Variant& variant, int device);
 
-// Of the plan that launch_plan would write; of partial results, [block_rows, d_v] and [block_rows] each, that it may
-// refer to. No pointer is followed.
+// Of the plan that launch_plan would write, and of the partial results that it may refer to. No pointer is followed.
 int64_t plan_bytes(const Variant& variant, const DecodeParams& params);
 int64_t partial_slots(const Variant& variant, const DecodeParams& params);
+struct PartialBytes {
+  int64_t o, lse2;  // of o_partial and lse2_partial
+};
+PartialBytes partial_bytes(const Variant& variant, const DecodeParams& params);
 
 }  // namespace mla

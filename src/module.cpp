@@ -53,11 +53,15 @@ const Kernel& get_kernel(std::string_view image, std::string_view entry, int dev
 
   Kernel kernel{};
   driver().cuLibraryGetKernel(&kernel.handle, library->second, std::string(entry).c_str());
+  CUdevice handle;
+  driver().cuDeviceGet(&handle, device);
   if (occupancy == Occupancy::one_block_per_sm) {
-    CUdevice handle;
-    driver().cuDeviceGet(&handle, device);
     kernel.smem_bytes = smem_for_one_block(smem_bytes, handle);
     driver().cuKernelSetAttribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, static_cast<int>(kernel.smem_bytes),
+                                  kernel.handle, handle);
+  } else {
+    // An SM is divided between shared memory and L1, and must be idle to be divided anew: as the persistent kernels have it.
+    driver().cuKernelSetAttribute(CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, CU_SHAREDMEM_CARVEOUT_MAX_SHARED,
                                   kernel.handle, handle);
   }
   return kernels.emplace(entry, kernel).first->second;

@@ -93,9 +93,9 @@ void prepare(const Decision& decision, const Arguments& arguments, const Call& c
   const size_t schedule = static_cast<size_t>(plan_bytes(*prepared.variant, p));
   prepared.schedule_bytes =
       call.plan ? 0 : (schedule + kScheduleAlignment - 1) / kScheduleAlignment * kScheduleAlignment;
-  const size_t partial_rows = static_cast<size_t>(partial_slots(*prepared.variant, p) * prepared.variant->block_rows);
-  prepared.partials_bytes = sizeof(float) * partial_rows * static_cast<size_t>(d_v);
-  prepared.workspace_bytes = prepared.schedule_bytes + prepared.partials_bytes + sizeof(float) * partial_rows;
+  const PartialBytes partials = partial_bytes(*prepared.variant, p);
+  prepared.partials_bytes = static_cast<size_t>(partials.o);
+  prepared.workspace_bytes = prepared.schedule_bytes + prepared.partials_bytes + static_cast<size_t>(partials.lse2);
   p.lengths.max_len = std::min(p.lengths.max_len, tensors[kBlockTable].size(1) * p.page_size);
 
   for (int slot = 0; slot < kNumSlots; ++slot) prepared.reach[slot] = reach_of(tensors[slot]);

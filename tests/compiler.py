@@ -11,8 +11,10 @@ HERE = Path(__file__).parent
 KERNELS = HERE.parent / "kernels"
 
 
-def compile_cpp(source: Path, output: Path, *options: str | Path) -> None:
-    """The source may include what is in kernels/."""
+def compile_cpp(
+    source: Path, output: Path, *options: str | Path, kernels: Path = KERNELS
+) -> None:
+    """The source may include what is in `kernels`."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
-    command = [compiler, "-std=c++17", "-I", KERNELS, *options, source, "-o", output]
+    command = [compiler, "-std=c++17", "-I", kernels, *options, source, "-o", output]
     subprocess.run(command, check=True)

@@ -156,6 +156,11 @@ CUresult fake_cuKernelGetFunction(CUfunction* function, CUkernel kernel) {
 }
 CUresult fake_cuKernelSetAttribute(CUfunction_attribute attribute, int value, CUkernel kernel, CUdevice device) {
   FakeKernel* changed = reinterpret_cast<FakeKernel*>(kernel);
+  if (attribute == CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT) {
+    log(R"({"call": "cuKernelSetAttribute", "kernel": "%s", "device": %d, "carveout": %d})", changed->name.c_str(),
+        device, value);
+    return CUDA_SUCCESS;
+  }
   if (attribute != CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES || value > smem(1)) return CUDA_ERROR_INVALID_VALUE;
   log(R"({"call": "cuKernelSetAttribute", "kernel": "%s", "device": %d, "smem": %d})", changed->name.c_str(), device,
       value);

@@ -53,7 +53,7 @@ def test_decode_is_the_kernel_and_its_combine(
     assert decode["kernel"] == f"mla_{name}_{short}"
     assert combine["kernel"] == f"mla_combine_{short}_v{variant['d_v']}"
     assert (decode["grid"], decode["block"]) == (WORKERS, 32 * variant["warps"])
-    assert (combine["grid"], combine["block"], combine["smem"]) == (2 * WORKERS, 256, 0)
+    assert (combine["grid"], combine["block"], combine["smem"]) == (4 * WORKERS, 256, 0)
     assert {(call["stream"], call["device"]) for call in (decode, combine)} == {(0xABC, 1)}
 
     wanted = values_of(filled_params(), ATTRIBUTES)  # type: ignore[arg-type]
@@ -82,6 +82,22 @@ for name in {NAMES!r}:
         waits = "_sm90_" in decode["kernel"]  # the others hold no instruction to do so
         assert decode["beside"] == (waits and sm >= 90), decode["kernel"]
         assert combine["beside"] == (sm >= 90)
+
+
+@pytest.mark.parametrize(
+    ("requests", "s_q", "row_tiles"), [(0, 1, 0), (3, 1, 6), (3, 2, 9), (3, None, 6 + 3)]
+)
+def test_combine_has_no_more_ctas_than_tasks(
+    requests: int, s_q: int | None, row_tiles: int, run: Any
+) -> None:
+    """Of 16 rows and 16 columns. 17 heads; ragged: five tokens in all."""
+    name = next(v["name"] for v in GPU_VARIANTS if v["d_v"] == 256)
+    given = {"num_requests": requests, "h_q": 17, "total_q": 5, "num_workers": 1000}
+    if s_q is not None:
+        given |= {"s_q": s_q, "cu_seqlens_q": 0}
+    fill = "".join(f"p.{name} = {value}\n" for name, value in given.items())
+    done = run(f"{FILL}\n{fill}_mla.launch_decode({name!r}, 'float16', p, False, 0, 0)")
+    assert done.named("launch")[1]["grid"] == max(16 * row_tiles, 1)
 
 
 def test_decode_divides_by_multiplication(run: Any) -> None:
@@ -199,7 +215,9 @@ for thread in threads: thread.join()
     assert all(load["preserved"] for load in loaded)
     assert sorted(c["device"] for c in done.named("cuDevicePrimaryCtxRetain")) == [0, 1]
     set_for = [(c["kernel"], c["device"]) for c in done.named("cuKernelSetAttribute")]
-    assert len(set_for) == len(set(set_for)) == 4  # two dtypes on two devices
+    assert len(set_for) == len(set(set_for)) == 9  # plan; decode and combine, two dtypes, two devices
+    carveouts = [c["carveout"] for c in done.named("cuKernelSetAttribute") if "carveout" in c]
+    assert carveouts == [100] * 5
     assert len(done.named("cuInit")) == 1
 
 

@@ -137,8 +137,8 @@ class TestWorkspace:
         params.num_requests, params.s_q, params.h_q, params.num_workers = 3, 2, 16, 108
         assert schedule % 256 == 0
         assert 0 <= schedule - _mla.plan_bytes(row.name, params) < 256
-        assert p["lse2_partial"] - p["o_partial"] == (2 * 108 + 1) * row.block_rows * row.d_v * 4
-        assert base + size - p["lse2_partial"] == (2 * 108 + 1) * row.block_rows * 4
+        assert p["lse2_partial"] - p["o_partial"] == (2 * 108 + 1) * row.block_rows * row.d_v * 2
+        assert base + size - p["lse2_partial"] == (2 * 108 + 1) * row.block_rows * 36
 
     def test_is_kept_and_grown(self, launches: list[Launch]) -> None:
         small, large = call(), call(Case((70, 33, 5) * 3, q_lens=2, h_q=128))
@@ -208,10 +208,10 @@ class TestWorkspace:
         sizes.num_workers, sizes.max_len, sizes.batch_invariant = 108, planned, 1
         slots = _mla.partial_slots(row.name, sizes)
         assert slots > 0
-        assert p["lse2_partial"] - p["o_partial"] == slots * row.block_rows * row.d_v * 4
+        assert p["lse2_partial"] - p["o_partial"] == slots * row.block_rows * row.d_v * 2
         (kept,) = workspace.sizes()
         base = p["plan"] if plan is None else p["o_partial"]
-        assert base + kept["bytes"] - p["lse2_partial"] == slots * row.block_rows * 4
+        assert base + kept["bytes"] - p["lse2_partial"] == slots * row.block_rows * 36
         short = torch.empty(kept["bytes"] - 1, dtype=torch.uint8)
         with pytest.raises(ValueError, match=f"expected at least {kept['bytes']}"):
             mla.decode(**inputs.kwargs(), **mode, plan=plan, workspace=short)

@@ -289,6 +289,8 @@ def test_sm90_uses_the_units_it_is_written_for(variant: dict[str, Any]) -> None:
             assert op.endswith(".128"), (arch, name)
         assert [op for op in counts if op.startswith("STSM")], "P goes to shared memory by stmatrix"
         assert [op for op in counts if op.startswith("SYNCS.PHASECHK")], "mbarriers are waited for"
+        transposes = [op for op in counts if op.startswith("MOVM.16.MT88")]
+        assert bool(transposes) == (variant["pipeline"] == "sm90_swap"), "O^T becomes O"
 
 
 @pytest.mark.parametrize("image", ["plan_sm90", "plan_parts_sm90", "combine_sm90"])

@@ -87,7 +87,7 @@ def test_shared_memory_fits_the_gpus_that_it_is_for(variant: Variant) -> None:
 def test_workspace_formula(variant: Variant) -> None:
     rows = (2 * 132 + 1) * variant.block_rows
     needed = workspace.bytes_needed(variant, SIZES, 132, SIZES.max_len)
-    assert needed == rows * (variant.d_v + 1) * 4
+    assert needed == rows * (2 * variant.d_v + 36)
 
 
 @each
@@ -106,7 +106,7 @@ def test_batch_invariant_workspace_formula(variant: Variant, max_len: int, long_
         if max_len <= 1024 * (1 if ragged else row_blocks // 7):
             slots = 0
         needed = workspace.bytes_needed(variant, sizes, 132, max_len)
-        assert needed == slots * variant.block_rows * (variant.d_v + 1) * 4
+        assert needed == slots * variant.block_rows * (2 * variant.d_v + 36)
         pieces = max(slots, row_blocks)
         params = launch.sizes(sizes, num_workers=132, max_len=max_len)
         schedule = 48 + 64 * 132 + 32 * pieces + 32 * row_blocks + 28 * 8 + 16 * 133

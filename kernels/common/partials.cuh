@@ -1,7 +1,11 @@
-// Partial results: O and lse2 of a piece that is not its whole item, in float32.
+// Partial results: O and lse2 of a piece that is not its whole item.
 //
-// O lies as mma and wgmma leave it, so that storing and loading need no exchange: in fragments of 16 rows x 8 columns, of which each
-// of 32 lanes has 16 bytes. Lane 4 g + q has columns 2 q and 2 q + 1 of row g, then of row g + 8.
+// O lies as mma and wgmma leave it, so that storing and loading need no exchange: in fragments of 16 rows x 16 columns, of which each
+// of 32 lanes has 16 bytes. Lane 4 g + q has columns 2 q and 2 q + 1 of row g, then of row g + 8, then both of the next 8 columns.
+//
+// It is fp16, whatever the elements are, after a division by a power of two: one for each run of columns, an eighth of a row. So no
+// value is too large, and none is rounded more than others that is not 2^19 times less than the largest. Beside a row's lse2 lies for
+// each run what it counts as in sums: lse2 plus that power.
 #pragma once
 
 #include "dtype.cuh"
@@ -10,41 +14,65 @@
 
 namespace mla {
 
-constexpr int kFragmentRows = 16, kFragmentColumns = 8;
-
-// The calling lane's share of a fragment.
-__device__ __forceinline__ float4* partial_fragment(const DecodeParams& p, int block_rows, int d_v, int slot,
-                                                    int row_tile, int column_tile) {
-  const int64_t tile =
-      (int64_t{slot} * (block_rows / kFragmentRows) + row_tile) * (d_v / kFragmentColumns) + column_tile;
-  return reinterpret_cast<float4*>(p.o_partial) + tile * 32 + threadIdx.x % 32;
+// The calling lane's share of a fragment; the next fragment is 32 further. 32 bits count 64 GB of them.
+__device__ __forceinline__ uint4* partial_fragment(const DecodeParams& p, uint32_t block_rows, uint32_t d_v,
+                                                   uint32_t slot, uint32_t row_tile, uint32_t fragment) {
+  const uint32_t number = (slot * (block_rows / kFragmentRows) + row_tile) * (d_v / kFragmentColumns) + fragment;
+  return static_cast<uint4*>(p.o_partial) + (number * 32 + threadIdx.x % 32);
 }
-__device__ __forceinline__ float* partial_lse2(const DecodeParams& p, int block_rows, int slot, int block_row) {
-  return p.lse2_partial + (slot * block_rows + block_row);
+// Of a row: its own, or what run `run` of its columns counts as.
+__device__ __forceinline__ float* partial_lse2(const DecodeParams& p, uint32_t block_rows, uint32_t slot,
+                                               uint32_t block_row) {
+  return p.lse2_partial + ((1 + kColumnRuns) * slot * block_rows + block_row);
+}
+__device__ __forceinline__ float* run_lse2(const DecodeParams& p, uint32_t block_rows, uint32_t slot,
+                                           uint32_t block_row, uint32_t run) {
+  return partial_lse2(p, block_rows, slot, block_row + (1 + run) * block_rows);
 }
 
-// Two fragments beside each other, from column `column` on, as rows of the output: lane 4 g + q stores four columns of its rows, for
-// which it takes those of two lanes, of fragment q / 2. `row`: of the request, the first of 16, of which `num_rows` or fewer exist.
-template <class T>
-__device__ __forceinline__ void store_fragments(const DecodeParams& p, int request, int first_token, int row,
-                                                int num_rows, int column, const float4 (&o)[2]) {
+// The power of two that a run is divided by; `sum`: of its absolute values, or more of them. What then is in the run is below 2^15, and
+// the power so large that 2^lse2 may be multiplied by it. NaN and infinity stay what they are beside what fp16 holds.
+__device__ __forceinline__ int run_exponent(float sum) {
+  const int biased = __float_as_int(sum) >> 23 & 255;  // sum < 2^(biased - 126)
+  return biased == 255 ? 0 : max(biased - 126 - 15, -100);
+}
+__device__ __forceinline__ float exp2_of(int exponent) { return __int_as_float((127 + exponent) << 23); }
+
+// A lane's share of a fragment. `factor`: of row g and of row g + 8.
+__device__ __forceinline__ uint4 pack_partial(const float* o, const float (&factor)[2]) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) words[i] = pack2<fp16>(o[i * 2] * factor[i % 2], o[i * 2 + 1] * factor[i % 2]);
+  return {words[0], words[1], words[2], words[3]};
+}
+__device__ __forceinline__ void unpack_partial(const uint4& from, float (&x)[8]) {
+  const uint32_t words[4] = {from.x, from.y, from.z, from.w};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = to_float<fp16>(static_cast<uint16_t>(words[i / 2] >> i % 2 * 16));
+}
+
+// Each of the four 8 x 8 tiles of a fragment transposed: as wgmma leaves O^T, by whole warps.
+__device__ __forceinline__ void transpose_tiles(uint32_t (&words)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(words[i]) : "r"(words[i]));
+}
+
+// A fragment's words, each two columns of a row, as rows of the output from column `column` on: neighbouring lanes exchange a word, so
+// that each stores four columns. `row`: of the request, the first of 16, of which `num_rows` or fewer exist.
+__device__ __forceinline__ void store_rows(const DecodeParams& p, int request, int first_token, int row, int num_rows,
+                                           int column, const uint32_t (&words)[4]) {
   const int lane = threadIdx.x % 32, quad = lane / 4;
+  const bool odd = lane & 1;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    uint32_t words[2], four[2];
-#pragma unroll
-    for (int n = 0; n < 2; ++n) words[n] = half == 0 ? pack2<T>(o[n].x, o[n].y) : pack2<T>(o[n].z, o[n].w);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int from = quad * 4 + lane % 2 * 2 + i;
-      const uint32_t left = __shfl_sync(0xffffffffu, words[0], from), right = __shfl_sync(0xffffffffu, words[1], from);
-      four[i] = lane % 4 < 2 ? left : right;
-    }
+    const uint32_t left = words[half], right = words[2 + half];  // of the two times 8 columns
+    const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? left : right, 1);
     if (quad + half * 8 >= num_rows) continue;
     const int packed = row + quad + half * 8, token = divide(packed, p.by_h_q), head = packed - token * p.lengths.h_q;
     auto* out = static_cast<uint16_t*>(p.out) + request * p.out_strides.batch +
                 (first_token + token) * p.out_strides.token + head * p.out_strides.head + column;
-    *reinterpret_cast<uint2*>(out + lane % 4 / 2 * kFragmentColumns + lane % 2 * 4) = make_uint2(four[0], four[1]);
+    *reinterpret_cast<uint2*>(out + (odd ? 8 : 0) + lane % 4 / 2 * 4) =
+        odd ? make_uint2(got, right) : make_uint2(left, got);
   }
 }
 
@@ -57,7 +85,7 @@ __device__ __forceinline__ void store_fragments(const DecodeParams& p, int reque
 
 __device__ __forceinline__ uint64_t* flag_of(const DecodeParams& p, int block_rows, int d_v, int slot) {
   const int64_t slots = 2 * int64_t{p.num_workers};
-  return reinterpret_cast<uint64_t*>(p.o_partial + slots * block_rows * d_v) + slot;
+  return reinterpret_cast<uint64_t*>(static_cast<char*>(p.o_partial) + slots * block_rows * d_v * kPartialBytes) + slot;
 }
 __device__ __forceinline__ uint64_t flag_up(const uint64_t* flag) {
   return reinterpret_cast<uint64_t>(flag) * 0x9e3779b97f4a7c15ull + 0xd1b54a32d192ed03ull;
@@ -78,18 +106,15 @@ __device__ __forceinline__ void wait_for_partial(const DecodeParams& p, int bloc
   *flag = 0;
 }
 
-// What the two partial results of a row count in its result, and the lse2 of that.
+// What the two partial results of a row count in its result, and the lse2 of that. `other_run`: of the other's columns (run_lse2).
 struct PairWeights {
   float own, other, lse2;
 };
-__device__ __forceinline__ PairWeights pair_weights(float own, float other) {
+__device__ __forceinline__ PairWeights pair_weights(float own, float other, float other_run) {
   const float max = fmaxf(own, other), base = max == kNegInf ? 0.f : max;
   const float lse2 = lse2_of(base, exp2_fast(own - base) + exp2_fast(other - base));
   const float lse2_base = lse2 == kNegInf ? 0.f : lse2;
-  return {exp2_fast(own - lse2_base), exp2_fast(other - lse2_base), lse2};
-}
-__device__ __forceinline__ float merge_pair(const PairWeights& w, float own, float other) {
-  return w.own * own + w.other * other;
+  return {exp2_fast(own - lse2_base), exp2_fast(other_run - lse2_base), lse2};
 }
 
 }  // namespace mla

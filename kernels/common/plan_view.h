@@ -24,7 +24,7 @@ MLA_HD PlanView view(const PlanHeader* plan, int32_t num_workers) {
   return {header, workers, reinterpret_cast<Piece*>(workers + num_workers)};
 }
 MLA_HD const SplitItem* splits_of(const PlanHeader* plan) {  // [num_splits], behind the pieces
-  return reinterpret_cast<const SplitItem*>(reinterpret_cast<uintptr_t>(plan) + plan->splits_at);
+  return reinterpret_cast<const SplitItem*>(reinterpret_cast<const char*>(plan) + plan->splits_at);
 }
 MLA_HD int64_t splits_at(int64_t max_pieces, int32_t num_workers) {
   return static_cast<int64_t>(sizeof(PlanHeader)) + num_workers * static_cast<int64_t>(sizeof(PlanWorker)) +

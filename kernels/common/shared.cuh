@@ -34,6 +34,14 @@ __device__ __forceinline__ float load_shared(uint32_t from) {
   load_shared(x, from);
   return x[0];
 }
+__device__ __forceinline__ uint4 load_shared_words(uint32_t from) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(from)
+               : "memory");
+  return x;
+}
 __device__ __forceinline__ void store_shared(uint32_t to, float x) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(to), "f"(x) : "memory");
 }
@@ -60,11 +68,7 @@ __device__ __forceinline__ void load_shared_struct(Struct& x, uint32_t from) {
   static_assert(sizeof(Struct) % 16 == 0 && alignof(Struct) == 16);
   uint4* words = reinterpret_cast<uint4*>(&x);
 #pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(Struct) / 16); ++i)
-    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(words[i].x), "=r"(words[i].y), "=r"(words[i].z), "=r"(words[i].w)
-                 : "r"(from + i * 16)
-                 : "memory");
+  for (int i = 0; i < static_cast<int>(sizeof(Struct) / 16); ++i) words[i] = load_shared_words(from + i * 16);
 }
 
 // Tells the compiler that all lanes hold the same value, so that it can live in a uniform register.

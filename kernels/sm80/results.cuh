@@ -76,24 +76,38 @@ struct Results {
       p.lse[offset_of(work.row_of(piece, block_row), p.lse_strides)] = lse2 * kLn2;
     }
   }
-  __device__ __forceinline__ float scale_of(int group_row) const {
-    const float sum = S::tile_groups > 1 ? merge_states(group_row).state.sum : state_of(me.group(), group_row).sum;
-    return sum == 0.f ? 0.f : 1.f / sum;
+  __device__ __forceinline__ RowState final_state(int group_row) const {
+    return S::tile_groups > 1 ? merge_states(group_row).state : state_of(me.group(), group_row);
+  }
+  static __device__ __forceinline__ float scale_of(const RowState& state) {
+    return state.sum == 0.f ? 0.f : 1.f / state.sum;
   }
   template <class First>
   __device__ __forceinline__ void store_partial(const Piece& piece, First) const {
+    constexpr int run_tiles = C::d_v / 8 / kColumnRuns, runs = kept_tiles / run_tiles;
+    static_assert(kept_tiles % run_tiles == 0 && runs <= 4);
+    const int first_tile = me.warp() * column_tiles + First::value, in_quad = me.thread % 4;
 #pragma unroll
     for (int m = 0; m < S::row_tiles; ++m) {
       const int row_tile = me.row_group() * S::row_tiles + m;
       if (row_tile * kFragmentRows >= work.num_rows_of(piece)) break;
-      const float upper = scale_of(m * 16 + me.quad()), lower = scale_of(m * 16 + me.quad() + 8);
-      float4* to = partial_fragment(p, C::block_rows, C::d_v, work.slot_of(piece), row_tile,
-                                    me.warp() * column_tiles + First::value);
+      float factor[2];
 #pragma unroll
-      for (int n = 0; n < kept_tiles; ++n) {
-        const auto& x = o[m][First::value + n];
-        to[n * 32] = make_float4(x[0] * upper, x[1] * upper, x[2] * lower, x[3] * lower);
+      for (int half = 0; half < 2; ++half) {
+        const RowState state = final_state(m * 16 + me.quad() + half * 8);
+        float sum = 0.f;
+#pragma unroll
+        for (int n = First::value; n < First::value + kept_tiles; ++n)
+          sum += fabsf(o[m][n][half * 2]) + fabsf(o[m][n][half * 2 + 1]);
+        const int exponent = run_exponent(lanes_sum<4>(sum) * scale_of(state));
+        factor[half] = scale_of(state) * exp2_of(-exponent);
+        if (in_quad < runs)
+          *run_lse2(p, C::block_rows, work.slot_of(piece), row_tile * kFragmentRows + me.quad() + half * 8,
+                    first_tile / run_tiles + in_quad) = lse2_of(state.max, state.sum) + exponent;
       }
+      uint4* to = partial_fragment(p, C::block_rows, C::d_v, work.slot_of(piece), row_tile, first_tile / 2);
+#pragma unroll
+      for (int n = 0; n < kept_tiles; n += 2) to[n / 2 * 32] = pack_partial(&o[m][First::value + n][0], factor);
     }
   }
   template <class First>
@@ -103,7 +117,7 @@ struct Results {
       const int group_row = half * 8 + me.quad(), block_row = me.row_group() * S::group_rows + group_row;
       const auto row = work.row_of(piece, block_row);  // not later: ptxas then loads K late, in the loop (sm80.md)
       const bool exists = block_row < work.num_rows_of(piece);
-      const float scale = scale_of(group_row);
+      const float scale = scale_of(final_state(group_row));
       auto* to = static_cast<uint16_t*>(p.out) + offset_of(row, p.out_strides) + me.warp() * S::warp_v;
       // The four threads of a row exchange words, so that each stores 16 bytes at once.
 #pragma unroll

@@ -125,32 +125,45 @@ __device__ __forceinline__ void store_output(const DecodeParams& p, const RowBlo
     if (exists) *reinterpret_cast<uint4*>(to + n * 8) = eight;
   }
 }
-// Of a warp: its 16 rows, `row_tile`, and the fragments from `column_tile` on.
+// Of a warp: its 16 rows, `row_tile`, and of their columns the half `half_of_columns`.
 template <class C, int N>
-__device__ __forceinline__ void store_partial(const DecodeParams& p, int slot, int row_tile, int column_tile,
-                                              const float (&o)[N], const float (&scale)[2]) {
-  float4* to = partial_fragment(p, C::block_rows, C::d_v, slot, row_tile, column_tile);
+__device__ __forceinline__ void store_partial(const DecodeParams& p, int slot, int row_tile, int half_of_columns,
+                                              const float (&o)[N], const float (&scale)[2], const float (&lse2)[2]) {
+  constexpr int half_runs = kColumnRuns / 2;
+  const int lane = threadIdx.x % 32;
+  static_assert(half_runs == 4, "one for each lane of a quad");
+  float factor[2];
 #pragma unroll
-  for (int n = 0; n < N / 4; ++n)
-    to[n * 32] =
-        make_float4(o[n * 4] * scale[0], o[n * 4 + 1] * scale[0], o[n * 4 + 2] * scale[1], o[n * 4 + 3] * scale[1]);
+  for (int half = 0; half < 2; ++half) {
+    float sum = 0.f;
+#pragma unroll
+    for (int i = half * 2; i < N; i += 4) sum += fabsf(o[i]) + fabsf(o[i + 1]);
+    const int exponent = run_exponent(lanes_sum<4>(sum) * scale[half]);
+    factor[half] = scale[half] * exp2_of(-exponent);
+    *run_lse2(p, C::block_rows, slot, row_tile * kFragmentRows + lane / 4 + half * 8,
+              half_of_columns * half_runs + lane % 4) = lse2[half] + exponent;
+  }
+  uint4* to = partial_fragment(p, C::block_rows, C::d_v, slot, row_tile, half_of_columns * (N / 8));
+#pragma unroll
+  for (int n = 0; n < N / 8; ++n) to[n * 32] = pack_partial(o + n * 8, factor);
 }
-// Merges with them those at `from` in shared memory, the calling lane's share of the first; `lse2` becomes that of both.
+// Merges with them those at `from` in shared memory, the calling lane's share of the first; `lse2` becomes that of both. `other_run`: of
+// these columns.
 template <int N>
-__device__ __forceinline__ void merge_partial(uint32_t from, const float (&other_lse2)[2], float (&o)[N],
-                                              float (&scale)[2], float (&lse2)[2]) {
+__device__ __forceinline__ void merge_partial(uint32_t from, const float (&other_lse2)[2], const float (&other_run)[2],
+                                              float (&o)[N], float (&scale)[2], float (&lse2)[2]) {
   float other[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const PairWeights weights = pair_weights(lse2[half], other_lse2[half]);
+    const PairWeights weights = pair_weights(lse2[half], other_lse2[half], other_run[half]);
     scale[half] *= weights.own, other[half] = weights.other, lse2[half] = weights.lse2;
   }
 #pragma unroll
-  for (int n = 0; n < N / 4; ++n) {
-    float x[4];
-    load_shared(x, from + n * 32 * 16);
+  for (int n = 0; n < N / 8; ++n) {
+    float x[8];
+    unpack_partial(load_shared_words(from + n * 32 * 16), x);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) o[n * 4 + i] = scale[i / 2] * o[n * 4 + i] + other[i / 2] * x[i];
+    for (int i = 0; i < 8; ++i) o[n * 8 + i] = scale[i / 2 % 2] * o[n * 8 + i] + other[i / 2 % 2] * x[i];
   }
   scale[0] = scale[1] = 1.f;
 }

@@ -406,18 +406,19 @@ __device__ __forceinline__ void decode_pieces(const DecodeParams& p) {
     named_barrier_sync(kPieceEnd, C::threads);  // pairs with itself: both warpgroups' sums and all of Q are there
     const RowBlock block = block_of(index);
     const bool partial = warp_uniform(block.partial_slot) >= 0;
-    float scale[2];
+    float scale[2], lse2[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int block_row = row + half * 8;
       const float sum = row_sum[half] + load_shared(row_sum_at(parity, 1 - group, block_row));
       scale[half] = sum == 0.f ? 0.f : 1.f / sum;
+      lse2[half] = lse2_of(row_max[half], sum);
       if (!partial) store_output<T>(p, block, block_row, first_chunk * kChunkColumns + pair, o, half, scale[half]);
       if (group == 0 && lane % 4 == 0 && block_row < block.num_rows)
-        store_lse<C>(p, block, block_row, lse2_of(row_max[half], sum), partial);
+        store_lse<C>(p, block, block_row, lse2[half], partial);
     }
     if (partial && warp * kFragmentRows < block.num_rows)
-      store_partial<C>(p, block.partial_slot, warp, first_chunk * kChunkColumns / kFragmentColumns, o, scale);
+      store_partial<C>(p, block.partial_slot, warp, group, o, scale, lse2);
     if (next_index == worker.end_piece) return;
 #pragma unroll
     for (int i = 0; i < L::o_registers; ++i) o[i] = 0.f;

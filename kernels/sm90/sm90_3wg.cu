@@ -49,7 +49,7 @@ struct Smem {
   uint64_t free_rope[C::stages];                      // the tile's owner is done with RoPE
   uint64_t landed[kConsumers];  // a half of the last tile of a request is there, but for its zeros
   uint64_t q_full, q_free;
-  uint64_t other_there;  // the other partial result of a pair, in the stages
+  uint64_t other_there;  // the other partial result of a pair, in a stage
 };
 
 // A place in the ring, and the parity of the round.
@@ -58,11 +58,6 @@ struct RingPlace {
   int stage = 0, parity = 0;
   __device__ __forceinline__ void advance() {
     if (++stage == C::stages) stage = 0, parity ^= 1;
-  }
-  __device__ __forceinline__ RingPlace after() const {
-    RingPlace next = *this;
-    next.advance();
-    return next;
   }
 };
 
@@ -215,26 +210,24 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
       return at;
     };
 
-    // ---- behind the last piece: what another worker left of it. Into the stages, half of the rows each, while the last tiles are
-    // computed ----
+    // ---- behind the last piece: what another worker left of it. Into a stage, while the last tiles are computed ----
 
     auto load_other_partial = [&](RingPlace<C> at) {
       const RowBlock block = walk.first_block();
       if (!has_work(block)) return;
-      constexpr int row_tile_bytes = kFragmentRows * C::d_v * static_cast<int>(sizeof(float));
-      static_assert(2 * row_tile_bytes <= L::bytes && C::stages >= 2);
+      constexpr int row_tile_bytes = kFragmentRows * C::d_v * kPartialBytes;
+      static_assert(C::block_rows / kFragmentRows * row_tile_bytes <= L::bytes);
       const int slot = block.partial_slot - walk.worker.group_size;  // of the group before
-      int bytes = (min(block.num_rows, C::block_rows) + kFragmentRows - 1) / kFragmentRows * row_tile_bytes;
-      const auto* from = reinterpret_cast<const unsigned char*>(p.o_partial) + int64_t{slot} * 4 * row_tile_bytes;
       if (lane == 0) {
         wait_for_partial(p, C::block_rows, C::d_v, slot);
         fence_proxy_async_global();  // it was written by ordinary stores
-        mbarrier_arrive_expect(other_there, bytes);
       }
-      for (; bytes > 0; bytes -= 2 * row_tile_bytes, from += 2 * row_tile_bytes, at.advance()) {
-        if (L::rope > 0) mbarrier_wait(free_rope_at(at.stage), at.parity ^ 1);
-        for (int half = 0; half < kConsumers; ++half) mbarrier_wait(free_at(at.stage, half), at.parity ^ 1);
-        if (lane == 0) bulk_load(tile_at(at.stage), from, min(bytes, 2 * row_tile_bytes), other_there);
+      if (L::rope > 0) mbarrier_wait(free_rope_at(at.stage), at.parity ^ 1);
+      for (int half = 0; half < kConsumers; ++half) mbarrier_wait(free_at(at.stage, half), at.parity ^ 1);
+      if (lane == 0) {
+        const int bytes = (min(block.num_rows, C::block_rows) + kFragmentRows - 1) / kFragmentRows * row_tile_bytes;
+        mbarrier_arrive_expect(other_there, bytes);
+        bulk_load(tile_at(at.stage), partial_fragment(p, C::block_rows, C::d_v, slot, 0, 0), bytes, other_there);
       }
     };
 
@@ -475,24 +468,27 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
         scale[half] = total == 0.f ? 0.f : 1.f / total;
         lse2[half] = lse2_of(max[half], total);
       }
-      const int column_tile = warpgroup * (C::d_v / 2 / kFragmentColumns);
       const bool has_rows = warp * kFragmentRows < block.num_rows;
       const bool merges = warp_uniform(block.pairs) & kMergesFirst;
       if (merges) {
         mbarrier_wait(other_there, 0);  // pairs with load_other_partial
         if (has_rows) {
-          const float* other = partial_lse2(p, C::block_rows, block.partial_slot - block.group_size, row);
-          float other_lse2[2];
+          const int slot = block.partial_slot - block.group_size;
+          float other_lse2[2], other_run[2];
 #pragma unroll
-          for (int half = 0; half < 2; ++half)
-            other_lse2[half] = row + half * 8 < block.num_rows ? __ldcg(other + half * 8) : kNegInf;
-          const RingPlace<C> place = warp / 2 == 0 ? at : at.after();
-          const int fragment = (warp % 2) * (C::d_v / kFragmentColumns) + column_tile;
-          merge_partial(tile_at(place.stage) + (fragment * 32 + lane) * 16, other_lse2, o, scale, lse2);
+          for (int half = 0; half < 2; ++half) {
+            const int block_row = row + half * 8;
+            const bool exists = block_row < block.num_rows;
+            other_lse2[half] = exists ? __ldcg(partial_lse2(p, C::block_rows, slot, block_row)) : kNegInf;
+            other_run[half] =
+                exists ? __ldcg(run_lse2(p, C::block_rows, slot, block_row, warpgroup * (kColumnRuns / 2))) : kNegInf;
+          }
+          const int fragment = (warp * kConsumers + warpgroup) * (C::d_v / 2 / kFragmentColumns);
+          merge_partial(tile_at(at.stage) + (fragment * 32 + lane) * 16, other_lse2, other_run, o, scale, lse2);
         }
       }
       const bool leaves = warp_uniform(block.partial_slot) >= 0 && !merges;
-      if (leaves && has_rows) store_partial<C>(p, block.partial_slot, warp, column_tile, o, scale);
+      if (leaves && has_rows) store_partial<C>(p, block.partial_slot, warp, warpgroup, o, scale, lse2);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int block_row = row + half * 8;

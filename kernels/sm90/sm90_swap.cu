@@ -30,7 +30,7 @@ constexpr int kCopiesAhead = 6;  // chunks by cp.async that are in flight
 enum Barrier : int {
   kMaxReady = 1,  // the maxima of both tiles are there; nobody reads the P before. Both warpgroups
   kPReady = 2,    // P of both tiles is there. Both warpgroups
-  kResult = 3,    // sums, or partial results, are there. Both warpgroups
+  kResult = 3,    // sums, and the partial result of another group, are there; or all of one is stored. Both warpgroups
 };
 
 template <class C>
@@ -40,11 +40,11 @@ struct Smem {
   uint8_t p[kConsumers][C::block_rows * kRowBytes];             // [rows][tokens], of each warpgroup's tile
   RowBlock block[2];                                            // by parity of the piece; no tiles: there is no more
   float tile_max[kConsumers * kWarpgroupWarps][C::block_rows];  // of the 16 tokens of a warp
-  float row_sum[kConsumers * kWarpgroupWarps][C::block_rows];   // of P over the piece, of a warp's tokens
-  float row_max[C::block_rows];                                 // that P refers to at last
-  uint64_t full[C::stages];                                     // the chunk is there
-  uint64_t free[C::stages];                                     // nobody reads it any more
-  uint64_t landed;  // the last tile of a request is there, but for its zeros
+  // Of a row: of P over the piece, for a warp's tokens, and of the absolute values of O, for its columns.
+  float row_sums[kConsumers * kWarpgroupWarps][C::block_rows][2];
+  uint64_t full[C::stages];  // the chunk is there
+  uint64_t free[C::stages];  // nobody reads it any more
+  uint64_t landed;           // the last tile of a request is there, but for its zeros
   uint64_t q_full, q_free;
 };
 
@@ -80,8 +80,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
     return at(offsetof(Smem<C>, block)) + parity * static_cast<uint32_t>(sizeof(RowBlock));
   };
   auto tile_max_at = [&](int warp, int row) { return at(offsetof(Smem<C>, tile_max)) + (warp * rows + row) * 4; };
-  auto row_sum_at = [&](int warp, int row) { return at(offsetof(Smem<C>, row_sum)) + (warp * rows + row) * 4; };
-  auto row_max_at = [&](int row) { return at(offsetof(Smem<C>, row_max)) + row * 4; };
+  auto row_sums_at = [&](int warp, int row) { return at(offsetof(Smem<C>, row_sums)) + (warp * rows + row) * 8; };
   auto full_at = [&](int slot) { return at(offsetof(Smem<C>, full)) + slot * kMbarrierBytes; };
   auto free_at = [&](int slot) { return at(offsetof(Smem<C>, free)) + slot * kMbarrierBytes; };
   const uint32_t landed = at(offsetof(Smem<C>, landed)), q_full = at(offsetof(Smem<C>, q_full)),
@@ -364,86 +363,106 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
         place = two ? second.after(L::k_chunks) : second;
       }
 
-      // ---- the results ----
+      // ---- the results: the thread has four rows of O^T ----
 
-#pragma unroll
-      for (int i = 0; i < columns * 2; ++i)
-#pragma unroll
-        for (int step = 4; step < 32; step *= 2) sum[i] += __shfl_xor_sync(0xffffffffu, sum[i], step);
-      if (quad == 0)
-#pragma unroll
-        for (int n = 0; n < columns; ++n) {
-          store_shared(row_sum_at(warpgroup * kWarpgroupWarps + warp, n * 8 + pair), sum[n * 2], sum[n * 2 + 1]);
-          if (warpgroup == 0 && warp == 0) store_shared(row_max_at(n * 8 + pair), max[n * 2], max[n * 2 + 1]);
-        }
-      named_barrier_sync(kResult, kConsumerThreads);  // with itself
+      static_assert(rows == kFragmentRows);
       RowBlock block;
       load_shared_struct(block, block_at(parity));
       const bool merges = warp_uniform(block.pairs) & kMergesFirst;
       const bool leaves = warp_uniform(block.partial_slot) >= 0 && !merges;
       const int other_slot = block.partial_slot - block.group_size;  // of the group before
-      if (merges) {
-        if (threadIdx.x == 0) wait_for_partial(p, rows, C::d_v, other_slot);
-        named_barrier_sync(kMaxReady, kConsumerThreads);  // with itself: it is there
-      }
+      auto sum_of_quads = [](float x) {
 #pragma unroll
-      for (int row_tile = 0; row_tile < rows / kFragmentRows; ++row_tile) {
-        if (row_tile * kFragmentRows >= block.num_rows) break;
-        float scale[2], other[2], lse2[2];
+        for (int step = 4; step < 32; step *= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+        return x;
+      };
+      float size[columns * 2] = {};
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = row_tile * kFragmentRows + quad + half * 8;
-          float total = 0.f;
+      for (int i = 0; i < columns * 2; ++i) sum[i] = sum_of_quads(sum[i]);
+      if (leaves)
 #pragma unroll
-          for (int i = 0; i < kConsumers * kWarpgroupWarps; ++i) total += load_shared(row_sum_at(i, row));
-          scale[half] = total == 0.f ? 0.f : 1.f / total;
-          lse2[half] = lse2_of(load_shared(row_max_at(row)), total);
-          other[half] = 0.f;
-          if (merges) {
-            const float other_lse2 = row < block.num_rows ? __ldcg(partial_lse2(p, rows, other_slot, row)) : kNegInf;
-            const PairWeights weights = pair_weights(lse2[half], other_lse2);
-            scale[half] *= weights.own, other[half] = weights.other, lse2[half] = weights.lse2;
-          }
-          if (warpgroup == 0 && warp == 0 && lane % 4 == 0 && row < block.num_rows)
-            store_lse<C>(p, block, row, lse2[half], leaves);
+        for (int i = 0; i < columns * 2; ++i) {
+#pragma unroll
+          for (int chunk = 0; chunk < L::half_chunks; ++chunk)
+            size[i] += fabsf(o[chunk][i / 2 * 4 + i % 2]) + fabsf(o[chunk][i / 2 * 4 + 2 + i % 2]);
+          size[i] = sum_of_quads(size[i]);
         }
-        // O^T becomes O as fragments have it: neighbouring lanes exchange a row for a column, then each takes its place.
+      if (quad == 0)
 #pragma unroll
-        for (int chunk = 0; chunk < L::half_chunks; ++chunk) {
-          const int column_tile = (warpgroup * L::half_chunks + chunk) * (kChunkColumns / kFragmentColumns) + warp * 2;
-          float4 fragment[2];
+        for (int n = 0; n < columns; ++n)
+          store_shared_quad(row_sums_at(warpgroup * kWarpgroupWarps + warp, n * 8 + pair),
+                            {sum[n * 2], size[n * 2], sum[n * 2 + 1], size[n * 2 + 1]});
+      if (merges && threadIdx.x == 0) wait_for_partial(p, rows, C::d_v, other_slot);
+      named_barrier_sync(kResult, kConsumerThreads);  // with itself
+      static_assert(kChunkColumns / kFragmentColumns == kWarpgroupWarps);
+      const int first_fragment = warpgroup * L::half_chunks * kWarpgroupWarps + warp;  // one in each chunk
+      auto fragment_of = [&](int slot, int chunk) {
+        return partial_fragment(p, rows, C::d_v, slot, 0, first_fragment) + chunk * kWarpgroupWarps * 32;
+      };
+      float scale[columns * 2], other[columns * 2] = {};
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {  // of the warp's 16 columns
-            const bool odd = quad & 1;
-            float x[4];
+      for (int n = 0; n < columns; ++n) {
+        float total[4] = {};  // of two rows, as in shared memory
+#pragma unroll 4
+        for (int i = 0; i < kConsumers * kWarpgroupWarps; ++i) {
+          float x[4];
+          load_shared(x, row_sums_at(i, n * 8 + pair));
 #pragma unroll
-            for (int upper = 0; upper < 2; ++upper) {  // of the 16 rows
-              const float* from = &o[chunk][(row_tile * 2 + upper) * 4 + half * 2];
-              const float kept = odd ? from[1] : from[0], got = lane_swap(odd ? from[0] : from[1], 4);
-              x[upper * 2] = odd ? got : kept;
-              x[upper * 2 + 1] = odd ? kept : got;
-            }
-            const int from_lane = (lane % 4 * 2 + (quad & 1)) * 4 + quad / 2;
+          for (int j = 0; j < 4; ++j) total[j] += x[j];
+        }
 #pragma unroll
-            for (int i = 0; i < 4; ++i) x[i] = __shfl_sync(0xffffffffu, x[i], from_lane);
-            fragment[half] = make_float4(x[0] * scale[0], x[1] * scale[0], x[2] * scale[1], x[3] * scale[1]);
-          }
+        for (int j = 0; j < 2; ++j) {
+          const int i = n * 2 + j, row = n * 8 + pair + j, run = warpgroup * kWarpgroupWarps + warp;
+          scale[i] = total[j * 2] == 0.f ? 0.f : 1.f / total[j * 2];
+          float lse2 = lse2_of(max[i], total[j * 2]);
           if (merges) {
-            const float4* from = partial_fragment(p, rows, C::d_v, other_slot, row_tile, column_tile);
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const float4 x = __ldcg(from + half * 32);
-              fragment[half].x += other[0] * x.x, fragment[half].y += other[0] * x.y;
-              fragment[half].z += other[1] * x.z, fragment[half].w += other[1] * x.w;
+            float of_other[2] = {kNegInf, kNegInf};
+            if (row < block.num_rows) {
+              of_other[0] = __ldcg(partial_lse2(p, rows, other_slot, row));
+              of_other[1] = __ldcg(run_lse2(p, rows, other_slot, row, run));
             }
+            const PairWeights weights = pair_weights(lse2, of_other[0], of_other[1]);
+            scale[i] *= weights.own, other[i] = weights.other, lse2 = weights.lse2;
           }
           if (leaves) {
-            float4* to = partial_fragment(p, rows, C::d_v, block.partial_slot, row_tile, column_tile);
-            to[0] = fragment[0], to[32] = fragment[1];
-          } else {
-            store_fragments<T>(p, block.request, block.first_token, block.first_row + row_tile * kFragmentRows,
-                               block.num_rows - row_tile * kFragmentRows, column_tile * kFragmentColumns, fragment);
+            const int exponent = run_exponent(total[j * 2 + 1] * scale[i]);
+            scale[i] *= exp2_of(-exponent);
+            if (quad == 0) *run_lse2(p, rows, block.partial_slot, row, run) = lse2 + exponent;
           }
+          if (warpgroup == 0 && warp == 0 && quad == 0 && row < block.num_rows)
+            store_lse<C>(p, block, row, lse2, leaves);
+        }
+      }
+      uint4 others[L::half_chunks];
+      if (merges)
+#pragma unroll
+        for (int chunk = 0; chunk < L::half_chunks; ++chunk) others[chunk] = __ldcg(fragment_of(other_slot, chunk));
+#pragma unroll
+      for (int chunk = 0; chunk < L::half_chunks; ++chunk) {
+        float x[8] = {};
+        if (merges) {
+          uint32_t words[4] = {others[chunk].x, others[chunk].y, others[chunk].z, others[chunk].w};
+          transpose_tiles(words);
+          unpack_partial({words[0], words[1], words[2], words[3]}, x);
+        }
+        uint32_t words[4];  // of the tile of columns i / 2 and rows i % 2, in groups of 8
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          float y[2];
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            const int row = i % 2 * 2 + j;
+            y[j] = o[chunk][i % 2 * 4 + i / 2 * 2 + j] * scale[row];
+            if (merges) y[j] += other[row] * x[i * 2 + j];
+          }
+          words[i] = leaves ? pack2<fp16>(y[0], y[1]) : pack2<T>(y[0], y[1]);
+        }
+        transpose_tiles(words);
+        if (leaves) {
+          *fragment_of(block.partial_slot, chunk) = {words[0], words[1], words[2], words[3]};
+        } else {
+          store_rows(p, block.request, block.first_token, block.first_row, block.num_rows,
+                     (first_fragment + chunk * kWarpgroupWarps) * kFragmentColumns, words);
         }
       }
       if (warp_uniform(block.pairs) & kLeavesLast) {

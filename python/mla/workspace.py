@@ -2,7 +2,8 @@
 
     schedule  48 + 128 * num_workers + 32 * row_blocks + 12 * (b + 1) bytes, rounded up to 256;
               none with a plan
-    partials  slots * block_rows * (d_v + 1) * 4 bytes, slots = 2 * num_workers + 1
+    partials  slots * block_rows * (2 * d_v + 36) bytes, slots = 2 * num_workers + 1: 16 bits a number,
+              and a row's log-sum-exp, once for itself and for each of eight runs of its columns
 
 num_workers is the number of SMs; row_blocks is b * ceil(s_q * h_q / block_rows), of a ragged query
 ceil(total_q * h_q / block_rows) + b. With `batch_invariant`
@@ -45,12 +46,6 @@ def schedule_bytes(variant: Variant, params: _mla.DecodeParams) -> int:
     return -(-size // _mla.SCHEDULE_ALIGNMENT) * _mla.SCHEDULE_ALIGNMENT
 
 
-def partial_bytes(variant: Variant, params: _mla.DecodeParams) -> tuple[int, int]:
-    """Of the partial results, and of their log-sum-exps behind them; only the sizes count."""
-    rows = _mla.partial_slots(variant.name, params) * variant.block_rows
-    return rows * variant.d_v * 4, rows * 4
-
-
 def bytes_needed(
     variant: Variant, problem: Problem, num_workers: int, planned_len: int | None
 ) -> int:
@@ -60,7 +55,7 @@ def bytes_needed(
     max_len = problem.max_len if planned_len is None else planned_len
     params = launch.sizes(problem, num_workers=num_workers, max_len=max_len)
     schedule = schedule_bytes(variant, params) if planned_len is None else 0
-    return schedule + sum(partial_bytes(variant, params))
+    return schedule + sum(_mla.partial_bytes(variant.name, params))
 
 
 def check(workspace: Tensor, num_bytes: int, device: torch.device) -> None:

@@ -100,7 +100,7 @@ def decode(
     def with_flags(name: str, dtype: str, params: _mla.DecodeParams, *rest: int) -> None:
         # Flags of pairs may hold anything, but initcheck must have seen it: it does not watch the
         # kernel by which torch fills a workspace.
-        flags = params.o_partial + 2 * workers * row.block_rows * row.d_v * 4
+        flags = params.o_partial + 2 * workers * row.block_rows * row.d_v * 2
         ctypes.CDLL("libcuda.so.1").cuMemcpyHtoD_v2(
             ctypes.c_uint64(flags), bytes(16 * workers), ctypes.c_size_t(16 * workers)
         )
