@@ -16,8 +16,6 @@ constexpr unsigned kCombineWarps = kCombineThreads / 32;
 constexpr unsigned kChunkParts = 4;                  // that are asked for at once
 constexpr unsigned kStateParts = 2 * kCombineWarps;  // whose lse2 the lanes of a CTA ask for at once, each four times
 
-}
-
 template <class T, int DV>
 __device__ __forceinline__ void combine(const DecodeParams& p, schedule::Shape shape) {
   __shared__ float4 sums[kCombineWarps - 1][2][32];        // of the warps behind the first, where all share the parts

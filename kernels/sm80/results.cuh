@@ -1,4 +1,4 @@
-// The end of a piece: what two groups hold of the same rows is merged, and O and lse go to memory.
+// The end of a piece: what groups hold of the same rows is merged, and O and lse go to memory.
 #pragma once
 
 #include "../common/partials.cuh"
@@ -11,8 +11,9 @@ namespace mla::sm80 {
 template <class C>
 struct Results {
   using S = Shape<C>;
-  // Where groups take tiles in turn, each keeps half of its columns of O and gives the other half away.
-  static constexpr int column_tiles = S::warp_v / 8, kept_tiles = column_tiles / S::tile_groups;  // of 8, per warp
+  // Where groups take tiles in turn, groups 0 and 1 keep half of their columns of O each, and what else there is is given to them.
+  static constexpr int column_tiles = S::warp_v / 8,
+                       kept_tiles = column_tiles / (S::tile_groups > 1 ? 2 : 1);  // of 8, per warp
 
   const DecodeParams& p;
   const Place<C>& me;
@@ -23,22 +24,30 @@ struct Results {
   __device__ __forceinline__ RowState state_of(int group, int row) const {
     return {load_shared(at.row_max(group, row)), load_shared(at.row_sum(group, row))};
   }
-  // Relative to the larger max: what the sums, and O of either, must be multiplied by.
+  // Relative to the largest max: what the sums, and O of each group, must be multiplied by.
   struct Merged {
     RowState state;
-    float factor[2];
+    float factor[S::groups];  // by group
   };
   __device__ __forceinline__ Merged merge_states(int row) const {
-    const RowState a = state_of(0, row), b = state_of(1, row);
-    Merged merged{{fmaxf(a.max, b.max), 0.f}, {}};
-    merged.factor[0] = a.max == kNegInf ? 0.f : exp2_fast(a.max - merged.state.max);
-    merged.factor[1] = b.max == kNegInf ? 0.f : exp2_fast(b.max - merged.state.max);
-    merged.state.sum = a.sum * merged.factor[0] + b.sum * merged.factor[1];
+    RowState of[S::groups];
+    Merged merged{{kNegInf, 0.f}, {}};
+#pragma unroll
+    for (int group = 0; group < S::groups; ++group) {
+      of[group] = state_of(group, row);
+      merged.state.max = fmaxf(merged.state.max, of[group].max);
+    }
+#pragma unroll
+    for (int group = 0; group < S::groups; ++group) {
+      merged.factor[group] = of[group].max == kNegInf ? 0.f : exp2_fast(of[group].max - merged.state.max);
+      merged.state.sum += of[group].sum * merged.factor[group];
+    }
     return merged;
   }
 
-  // ---- O of groups that take tiles in turn: what a warp gives, in the stage of its last tile, the warp of the other group
-  // that has the same columns takes, lane by lane. `first`: of the column tiles. ----
+  // ---- O of groups that take tiles in turn: what a warp gives, in the stage of its last tile, the warp of group 0 or 1 that has the
+  // same columns takes, lane by lane. Groups 0 and 1 give each other half in the first round, others group 0 its half in the first round
+  // and group 1 its half in the second. `first`: of the column tiles. ----
 
   template <class First>
   __device__ __forceinline__ void give_o(int stage, First) const {
@@ -46,20 +55,20 @@ struct Results {
     for (int n = 0; n < kept_tiles; ++n)
       store_shared_quad(at.given(me.group(), stage) + n * 16 * S::group_threads, o[0][First::value + n]);
   }
+  // `merged`: of the thread's two rows. `own`: nothing was added to these columns yet.
   template <class First>
-  __device__ __forceinline__ void take_o(First) const {
-    const Merged upper = merge_states(me.quad()), lower = merge_states(me.quad() + 8);
-    const int own = me.group(), other = own ^ 1, stage = __float_as_int(load_shared(at.given_stage(other)));
-    const uint32_t from = at.given(other, stage);
+  __device__ __forceinline__ void take_o(const Merged (&merged)[2], int giver, bool own, First) const {
+    const int stage = __float_as_int(load_shared(at.given_stage(giver)));
+    const uint32_t from = at.given(giver, stage);
 #pragma unroll
     for (int n = 0; n < kept_tiles; ++n) {
       float x[4] = {};
       if (stage >= 0) load_shared(x, from + n * 16 * S::group_threads);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const auto& f = i < 2 ? upper.factor : lower.factor;
+        const auto& factor = merged[i / 2].factor;
         float& y = o[0][First::value + n][i];
-        y = y * (own == 0 ? f[0] : f[1]) + x[i] * (own == 0 ? f[1] : f[0]);
+        y = y * (own ? (me.group() == 0 ? factor[0] : factor[1]) : 1.f) + x[i] * factor[giver];
       }
     }
   }
@@ -155,16 +164,27 @@ struct Results {
         else give_o(stage, lower);
       }
       if (me.member() == 0) store_shared(at.given_stage(me.group()), __int_as_float(stage));
-      __syncthreads();  // what each group gives is there, and max and sum of both
+      __syncthreads();  // what each group gives is there, and max and sum of all
+      Merged merged[2];
+      if (me.group() < 2) merged[0] = merge_states(me.quad()), merged[1] = merge_states(me.quad() + 8);
       if (me.group() == 0) {
         store_lse(piece, merge_states(me.soft_row()).state);
-        take_o(lower);
+        unrolled<S::groups, 1>([&](auto giver) { take_o(merged, giver.value, giver.value == 1, lower); });
         store_o(piece, lower);
-      } else {
-        take_o(upper);
-        store_o(piece, upper);
+      } else if (me.group() == 1) {
+        take_o(merged, 0, true, upper);
+        if (S::groups == 2) store_o(piece, upper);
       }
-      __syncthreads();  // all has been taken
+      __syncthreads();  // all of that has been taken
+      if constexpr (S::groups > 2) {
+        if (me.group() > 1 && stage >= 0) give_o(stage, upper);
+        __syncthreads();  // what is given to group 1 is there
+        if (me.group() == 1) {
+          unrolled<S::groups, 2>([&](auto giver) { take_o(merged, giver.value, false, upper); });
+          store_o(piece, upper);
+        }
+        __syncthreads();  // all has been taken
+      }
     } else {
       group_barrier(me);  // the rows' sums are there
       store_lse(piece, state);

@@ -7,9 +7,9 @@ namespace mla::sm80 {
 
 template <class C>
 struct Shape {
-  static constexpr int groups = 2, group_warps = 4, group_threads = 32 * group_warps;
-  static constexpr int tile_groups = C::block_rows == 16 ? 2 : 1;  // groups that take tiles in turn
-  static constexpr int row_groups = groups / tile_groups;          // groups that have different rows of the same tiles
+  static constexpr int group_warps = 4, group_threads = 32 * group_warps, groups = C::warps / group_warps;
+  static constexpr int tile_groups = C::block_rows == 16 ? groups : 1;  // groups that take tiles in turn
+  static constexpr int row_groups = groups / tile_groups;  // groups that have different rows of the same tiles
   static constexpr int group_rows = C::block_rows / row_groups;
   static constexpr int row_tiles = group_rows / 16;
   static constexpr int ring_stages = C::stages / tile_groups;  // groups with tiles of their own have their own ring
@@ -29,7 +29,8 @@ struct Shape {
   // group copies, as with a shared ring, and mbarriers say what has landed (measured: sm80.md).
   static constexpr bool own_columns = tile_groups > 1 && ring_bytes <= 64 << 10;
   // Arrivals at the stages of a shared ring: one a warp instead of one a thread. A warp then waits for its copies of a tile two tiles
-  // ahead, so the ring needs four stages. compute-sanitizer does not follow a lane that speaks for its warp.
+  // ahead, so the ring needs four stages. compute-sanitizer does not follow a lane that speaks for its warp
+  // (tests/gpu/sanitizer_controls.cu).
   static constexpr bool warp_arrivals = tight && C::block_n == 16;
   static constexpr int ring_arrivals = C::warps / tile_groups * (warp_arrivals ? 1 : 32);
   // K is loaded a step ahead of its use where the registers suffice.
@@ -55,7 +56,8 @@ struct Shape {
   static constexpr bool late_copies = tight && C::block_n > 16;
   static constexpr int address_rows = own_columns || late_copies ? 128 : 64;  // KV rows that a group looks up at once
 
-  static_assert(C::warps == groups * group_warps && C::stages % tile_groups == 0 && ring_stages >= 2);
+  static_assert(C::warps == groups * group_warps && (tile_groups > 1 ? groups >= 2 : groups == 2));
+  static_assert(C::stages % tile_groups == 0 && ring_stages >= 2);
   static_assert(C::block_n % pass_tokens == 0 && warp_v % 16 == 0 && v_chunks % copy_threads == 0 && row_threads <= 32);
   static_assert(!own_columns || (warp_v % 64 == 0 && load_rows % 16 == 0 && row_chunks - v_chunks <= 2 * group_warps));
   static_assert(!warp_arrivals || ring_stages == 4);

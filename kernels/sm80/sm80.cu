@@ -1,12 +1,12 @@
-// MLA decode for sm_80 and later: cp.async, ldmatrix, mma.sync. One persistent CTA of eight warps per SM.
+// MLA decode for sm_80 and later: cp.async, ldmatrix, mma.sync. One persistent CTA of eight or twelve warps per SM.
 //
 // A CTA walks the pieces that the schedule gives it. A piece is a block of packed query rows and a range of KV tiles; the result is
 // final (the piece is the whole item) or partial (combine.cu merges it). The KV tile is read from memory once and used twice,
 // as K (all d_qk columns) and as V (the first d_v), for every query row of the block.
 //
-// The warps form two groups of four that never wait for one another but for KV: while one computes, the other waits, and the
-// reverse. With 32 and 64 rows, each group has half of the rows and both walk the same tiles; with 16 rows, the groups take tiles
-// in turn and their results are merged at the end of the piece. For one tile, a group computes
+// The warps form groups of four that never wait for one another but for KV: while one computes, the others wait, and the reverse.
+// With 32 and 64 rows there are two: each has half of the rows and both walk the same tiles; with 16 rows, two or three groups take
+// tiles in turn and their results are merged at the end of the piece. For one tile, a group computes
 //
 //   logits   S[rows, block_n] = Q K^T. Each warp has a quarter of the columns of d_qk; it keeps its part of Q in registers for the
 //            whole piece, so K is the only operand read from shared memory. It leaves its partial logits in shared memory.

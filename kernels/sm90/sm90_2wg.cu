@@ -141,9 +141,15 @@ __device__ __forceinline__ void decode_pieces(const DecodeParams& p) {
       } else {
         const RowAddress from = row_address(p, loads.slot);
 #pragma unroll 1
-        for (int i = 0; i < L::half_chunks / 2; ++i)
-          copy_rows<C>(tile_at, first_chunk + warp / 2 * (L::half_chunks / 2) + i, warp % 2 * 32, from);
-        if (with_rope && warp / 2 == 1) copy_rows<C>(tile_at, L::last_chunk, warp % 2 * 32, from);
+        for (int i = 0; i < L::half_chunks / 2;
+             ++i) {  // their addresses anew for each: no registers are left to keep them
+          const int chunk = first_chunk + warp / 2 * (L::half_chunks / 2) + i;
+          copy_rows(tile_at + chunk * kChunkBytes, warp % 2 * 32, row_units(from.latent, from.exists),
+                    chunk * kChunkColumns);
+        }
+        if (with_rope && warp / 2 == 1)
+          copy_rows(tile_at + L::last_chunk * kChunkBytes, warp % 2 * 32, row_units(from.rope, from.exists), 0,
+                    L::rope);
       }
       if (++loads.tile == loads.end_tile) {
         begin_load_piece(next_piece_at(loads.index + 1));

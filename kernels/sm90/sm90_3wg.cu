@@ -184,7 +184,9 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
       while (walk.more()) {
         for (int tile = 0; tile < walk.block.num_tiles; ++tile, at.advance()) {
           const RowAddress row = row_address(p, slot);
+          const RowUnits latent = row_units(row.latent, row.exists);
           if (tile + 1 < walk.block.num_tiles) slot = walk.row_slot_at(tile + 1, warp * 32 + lane);
+#pragma unroll 1
           for (int i = 0; i < 2; ++i) {
             const int half = half_of(tile, i);
             if (!__all_sync(0xffffffffu, mbarrier_test(free_at(at.stage, half), at.parity ^ 1))) {
@@ -195,7 +197,13 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
             }
             // The half that is freed first comes with RoPE, which was free before it: this never waits, but every phase must be seen.
             if (i == 0 && L::rope > 0) mbarrier_wait(free_rope_at(at.stage), at.parity ^ 1);
-            for (int k = 0; k < chunks_of(i); ++k) copy_rows<C>(tile_at(at.stage), chunk_of(half, k), warp * 32, row);
+#pragma unroll
+            for (int k = 0; k < L::half_chunks; ++k)
+              copy_rows(tile_at(at.stage) + chunk_of(half, k) * kChunkBytes, warp * 32, latent,
+                        chunk_of(half, k) * kChunkColumns);
+            if (i == 0 && L::rope > 0)
+              copy_rows(tile_at(at.stage) + L::last_chunk * kChunkBytes, warp * 32, row_units(row.rope, row.exists), 0,
+                        L::rope);
             cp_async_commit();
             cp_async_wait<1>();
             announce();

@@ -163,6 +163,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
       while (walk.more()) {
         for (int tile = 0; tile < walk.block.num_tiles; ++tile) {
           const RowAddress row = row_address(p, slot);
+          const RowUnits latent = row_units(row.latent, row.exists);
           if (tile + 1 < walk.block.num_tiles) slot = walk.row_slot_at(tile + 1, warp * 32 + lane);
           for (int chunk = 0; chunk < L::k_chunks; ++chunk, place.advance(1)) {
             if (!__all_sync(0xffffffffu, mbarrier_test(free_at(place.slot), place.parity ^ 1))) {
@@ -170,7 +171,8 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
               while (ahead > 0) announce();
               mbarrier_wait(free_at(place.slot), place.parity ^ 1);  // pairs with release(), a round before
             }
-            copy_rows<C>(tile_at(place, chunk), chunk, warp * 32, row);
+            if (chunk < L::v_chunks) copy_rows(chunk_at(place.slot), warp * 32, latent, chunk * kChunkColumns);
+            else copy_rows(chunk_at(place.slot), warp * 32, row_units(row.rope, row.exists), 0, L::rope);
             cp_async_commit();
             if (++ahead > kCopiesAhead) {
               cp_async_wait<kCopiesAhead>();

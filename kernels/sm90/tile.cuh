@@ -145,23 +145,34 @@ __device__ __forceinline__ RowAddress row_address(const DecodeParams& p, Slot sl
   }
   return row;
 }
-// By a whole warp: rows [first_row, first_row + 32) of a chunk, 8 lanes a row, by cp.async; zeros for rows that do not exist. To be
-// waited for, and fenced for wgmma, by every lane.
-template <class C>
-__device__ __forceinline__ void copy_rows(uint32_t tile_at, int chunk, int first_row, RowAddress row) {
-  using L = TileLayout<C>;
-  const int lane = threadIdx.x % 32, unit = lane % 8;
-  const bool latent = chunk < L::v_chunks;
-  const auto from = reinterpret_cast<uint64_t>(latent ? row.latent + chunk * kChunkColumns : row.rope);
-  const bool has_unit = latent || unit * 8 < L::rope;
+// What a lane copies of them: unit lane % 8 of the rows lane / 8, lane / 8 + 4, .. Addresses go from lane to lane here, and not for each
+// of the chunks that are copied of the same rows.
+struct RowUnits {
+  const uint16_t* from[8];
+  uint32_t exist;  // bit 4 i: the i-th row does
+};
+// By a whole warp, `row` and `exists` of the lane's own row.
+__device__ __forceinline__ RowUnits row_units(const uint16_t* row, bool exists) {
+  const int lane = threadIdx.x % 32;
+  RowUnits units;
+  units.exist = __ballot_sync(0xffffffffu, exists) >> lane / 8;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const int of_lane = i * 4 + lane / 8;
-    const uint64_t row_from = __shfl_sync(0xffffffffu, from, of_lane);
-    const bool exists = __shfl_sync(0xffffffffu, row.exists, of_lane);
-    const uint32_t to = tile_at + chunk * kChunkBytes + swizzled(first_row + of_lane, unit);
-    if (has_unit) cp_async_16(to, reinterpret_cast<const uint16_t*>(row_from) + unit * 8, exists);
+    const uint64_t from = __shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(row), i * 4 + lane / 8);
+    units.from[i] = reinterpret_cast<const uint16_t*>(from) + lane % 8 * 8;
   }
+  return units;
+}
+// By a whole warp: `columns` of the chunk's 64, from column `first` of the rows on, to rows [first_row, first_row + 32) of the chunk, by
+// cp.async; zeros for rows that do not exist. To be waited for, and fenced for wgmma, by every lane.
+__device__ __forceinline__ void copy_rows(uint32_t chunk_at, int first_row, const RowUnits& units, int first,
+                                          int columns = kChunkColumns) {
+  const int lane = threadIdx.x % 32;
+  if (lane % 8 * 8 >= columns) return;
+  const uint32_t to = chunk_at + swizzled(first_row + lane / 8, lane % 8);
+#pragma unroll
+  for (int i = 0; i < 8; ++i)  // four rows on, bit 2 of the unit's place changes
+    cp_async_16((i % 2 == 0 ? to : to ^ 4 << 4) + i * 4 * kRowBytes, units.from[i] + first, units.exist >> 4 * i & 1);
 }
 
 // ---- the end of a request ----
