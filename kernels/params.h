@@ -137,8 +137,8 @@ struct DecodeParams {
 // TMA boxes of the cache have at least this many rows of one page; pages that none fit are copied row by row.
 constexpr int kMinBoxRows = 16;
 
-// Launch shapes of the two small kernels; those of the pipelines are in variants.inc.
-constexpr int kPlanThreads = 256;  // one CTA
+// Launch shapes of the two small kernels, the first of which is one CTA; those of the pipelines are in variants.inc.
+constexpr int kPlanThreads = 512;
 constexpr int kCombineThreads = 256, kCombineCtasPerWorker = 2;  // at most as many as an SM holds
 
 static_assert(sizeof(TensorMap) == 128);

@@ -22,7 +22,9 @@ const Kernel& common_kernel(const char* name, const std::string& entry, int devi
 const Kernel& plan_kernel(bool small, bool ragged, int device) {
   return common_kernel("plan", kPlanEntries[small][ragged], device);
 }
-const Kernel& plan_parts_kernel(int device) { return common_kernel("plan_parts", kPlanPartsEntry, device); }
+const Kernel& plan_parts_kernel(bool small, int device) {
+  return common_kernel("plan_parts", kPlanPartsEntries[small], device);
+}
 
 struct DecodeKernels {
   const Kernel *decode, *combine;
@@ -50,12 +52,17 @@ const DecodeKernels& decode_kernels(const Variant& variant, Dtype dtype, int dev
 
 void launch_plan(const Variant& variant, const DecodeParams& params, int device, uintptr_t stream) {
   const ContextGuard guard(device);
+  const Lengths& lengths = params.lengths;
   const schedule::Shape shape = shape_of(variant);
-  const bool small = schedule::is_small(params.lengths, shape), ragged = params.lengths.cu_seqlens_q != nullptr;
-  const Kernel& kernel = params.batch_invariant ? plan_parts_kernel(device) : plan_kernel(small, ragged, device);
+  const int32_t workers = params.num_workers;
   // After all that came before, on which a decode kernel that starts beside this one relies.
-  launch_kernel(kernel, 1, kPlanThreads, stream, Start::after_kernel_before, params.lengths, shape, params.num_workers,
-                const_cast<PlanHeader*>(params.plan));
+  const auto launch = [&](const Kernel& kernel, const auto&... limits) {
+    launch_kernel(kernel, 1, kPlanThreads, stream, Start::after_kernel_before, lengths, shape, workers,
+                  const_cast<PlanHeader*>(params.plan), limits...);
+  };
+  if (params.batch_invariant)
+    launch(plan_parts_kernel(parts::is_small(lengths, shape, workers), device), parts::limits_of(lengths, shape));
+  else launch(plan_kernel(schedule::is_small(lengths, shape), lengths.cu_seqlens_q != nullptr, device));
 }
 
 void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& given, bool behind_planner, int device,
@@ -76,9 +83,10 @@ void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& give
 
 void preload(const Variant& variant, int device) {
   const ContextGuard guard(device);
-  for (const bool small : {false, true})
+  for (const bool small : {false, true}) {
     for (const bool ragged : {false, true}) load_now(plan_kernel(small, ragged, device));
-  load_now(plan_parts_kernel(device));
+    load_now(plan_parts_kernel(small, device));
+  }
   for (const Dtype dtype : kDtypes) {
     if (!(dtype == Dtype::bf16 ? variant.bf16 : variant.fp16)) continue;
     const DecodeKernels& kernels = decode_kernels(variant, dtype, device);
