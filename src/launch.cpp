@@ -77,6 +77,7 @@ void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& give
   const DecodeKernels& kernels = decode_kernels(variant, dtype, device);
   launch_kernel(*kernels.decode, workers, 32 * static_cast<unsigned>(variant.warps), stream,
                 behind_planner ? kernels.decode_start : Start::after_kernel_before, params);
+  if (!params.o_partial) return;
   launch_kernel(*kernels.combine, kCombineCtasPerWorker * workers, kCombineThreads, stream, kernels.combine_start,
                 params, shape_of(variant));
 }

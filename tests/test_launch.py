@@ -65,6 +65,15 @@ def test_decode_is_the_kernel_and_its_combine(
     assert (decode["beside"], combine["beside"]) == (False, True)
 
 
+def test_nothing_is_combined_where_nothing_can_be_split(run: Any) -> None:
+    script = f"""{FILL}
+for p.o_partial in (0, 4096):
+    _mla.launch_decode({NAMES[0]!r}, 'bfloat16', p, False, 0, 0)
+"""
+    kinds = [call["kernel"].split("_")[1] for call in run(script).named("launch")]
+    assert kinds == ["sm80", "sm80", "combine"]
+
+
 @pytest.mark.parametrize("sm", [80, 90, 120])
 def test_kernels_that_wait_start_beside_the_one_before(run: Any, sm: int) -> None:
     """The planner after all that was queued before it, so that who waits for it waits for that."""
