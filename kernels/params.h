@@ -141,8 +141,8 @@ constexpr int kMinBoxRows = 16;
 constexpr int kPartialBytes = 2, kColumnRuns = 8;
 constexpr int kFragmentRows = 16, kFragmentColumns = 16;
 
-// Launch shapes of the two small kernels; those of the pipelines are in variants.inc.
-constexpr int kPlanThreads = 256;  // one CTA
+// Launch shapes of the two small kernels, the first of which is one CTA; those of the pipelines are in variants.inc.
+constexpr int kPlanThreads = 512;
 constexpr int kCombineThreads = 256, kCombineCtasPerWorker = 4;  // at most as many as an SM holds
 
 static_assert(sizeof(TensorMap) == 128);

@@ -36,7 +36,7 @@ HostPlan make_plan_of_parts(const Lengths& lengths, Shape shape, int32_t num_wor
   const size_t requests = static_cast<size_t>(lengths.num_requests);
   std::vector<int64_t> units((requests + 1) * kNumLines);
   std::vector<int32_t> parts((requests + 1) * (kNumLines + 1));
-  const Memory memory{lengths.num_requests, num_workers, nullptr, units.data(), nullptr, parts.data()};
+  const Memory<int64_t> memory{lengths.num_requests, num_workers, units.data(), nullptr, parts.data()};
   int64_t partials = 0;
   for (int32_t i = 0; i < lengths.num_requests; ++i) {
     const Request request = schedule::request_at(lengths, shape, i);
@@ -64,7 +64,7 @@ HostPlan make_plan_of_parts(const Lengths& lengths, Shape shape, int32_t num_wor
   // The long parts of each group, then the short ones.
   const int64_t long_units = memory.first_unit(kLong)[requests], short_units = memory.first_unit(kShort)[requests];
   for (int32_t g = 0; g <= num_groups; ++g) {
-    const Place begin = place(kLong, range_begin(long_units, num_groups, g));
+    const Place<int64_t> begin = place(kLong, range_begin(long_units, num_groups, g));
     first_of_group[kLong].push_back(begin.parts);
     load.push_back(begin.units);
   }

@@ -22,7 +22,9 @@ const Kernel& common_kernel(const char* name, const std::string& entry, int devi
 const Kernel& plan_kernel(bool small, bool ragged, int device) {
   return common_kernel("plan", kPlanEntries[small][ragged], device);
 }
-const Kernel& plan_parts_kernel(int device) { return common_kernel("plan_parts", kPlanPartsEntry, device); }
+const Kernel& plan_parts_kernel(bool small, int device) {
+  return common_kernel("plan_parts", kPlanPartsEntries[small], device);
+}
 
 struct DecodeKernels {
   const Kernel *decode, *combine;
@@ -57,12 +59,17 @@ unsigned combine_ctas(const Variant& variant, const DecodeParams& params) {
 
 void launch_plan(const Variant& variant, const DecodeParams& params, int device, uintptr_t stream) {
   const ContextGuard guard(device);
+  const Lengths& lengths = params.lengths;
   const schedule::Shape shape = shape_of(variant);
-  const bool small = schedule::is_small(params.lengths, shape), ragged = params.lengths.cu_seqlens_q != nullptr;
-  const Kernel& kernel = params.batch_invariant ? plan_parts_kernel(device) : plan_kernel(small, ragged, device);
+  const int32_t workers = params.num_workers;
   // After all that came before, on which a decode kernel that starts beside this one relies.
-  launch_kernel(kernel, 1, kPlanThreads, stream, Start::after_kernel_before, params.lengths, shape, params.num_workers,
-                const_cast<PlanHeader*>(params.plan));
+  const auto launch = [&](const Kernel& kernel, const auto&... limits) {
+    launch_kernel(kernel, 1, kPlanThreads, stream, Start::after_kernel_before, lengths, shape, workers,
+                  const_cast<PlanHeader*>(params.plan), limits...);
+  };
+  if (params.batch_invariant)
+    launch(plan_parts_kernel(parts::is_small(lengths, shape, workers), device), parts::limits_of(lengths, shape));
+  else launch(plan_kernel(schedule::is_small(lengths, shape), lengths.cu_seqlens_q != nullptr, device));
 }
 
 void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& given, bool behind_planner, int device,
@@ -77,15 +84,17 @@ void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& give
   const DecodeKernels& kernels = decode_kernels(variant, dtype, device);
   launch_kernel(*kernels.decode, workers, 32 * static_cast<unsigned>(variant.warps), stream,
                 behind_planner ? kernels.decode_start : Start::after_kernel_before, params);
+  if (!params.o_partial) return;
   launch_kernel(*kernels.combine, combine_ctas(variant, params), kCombineThreads, stream, kernels.combine_start, params,
                 shape_of(variant));
 }
 
 void preload(const Variant& variant, int device) {
   const ContextGuard guard(device);
-  for (const bool small : {false, true})
+  for (const bool small : {false, true}) {
     for (const bool ragged : {false, true}) load_now(plan_kernel(small, ragged, device));
-  load_now(plan_parts_kernel(device));
+    load_now(plan_parts_kernel(small, device));
+  }
   for (const Dtype dtype : kDtypes) {
     if (!(dtype == Dtype::bf16 ? variant.bf16 : variant.fp16)) continue;
     const DecodeKernels& kernels = decode_kernels(variant, dtype, device);

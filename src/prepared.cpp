@@ -85,8 +85,10 @@ nb::object queue(const Prepared& prepared, const Call& call) {
     scratch = new_workspace(prepared.workspace_bytes, prepared.torch_device);
   else scratch = reserve_workspace(prepared.device, stream, prepared.workspace_bytes, prepared.torch_device);
   // The GIL is held from here to the end: calls of two threads on one stream share its workspace, so their launches must not mix.
-  set(p.o_partial, scratch.data + prepared.schedule_bytes);
-  set(p.lse2_partial, scratch.data + prepared.schedule_bytes + prepared.partials_bytes);
+  if (prepared.partials_bytes > 0) {
+    set(p.o_partial, scratch.data + prepared.schedule_bytes);
+    set(p.lse2_partial, scratch.data + prepared.schedule_bytes + prepared.partials_bytes);
+  }
   if (call.plan) {
     p.plan = call.plan->address();
   } else {

@@ -18,7 +18,7 @@
 
 #include "common/append.h"
 #include "common/merge.h"
-#include "common/schedule.h"
+#include "common/parts.h"
 
 namespace {
 
@@ -69,6 +69,8 @@ int compute_capability() {
 // The sizes of a kernel's parameters, which the real driver reads from its machine code.
 std::vector<size_t> parameter_sizes(const std::string& kernel) {
   using namespace mla;
+  if (kernel.rfind("mla_plan_parts", 0) == 0)
+    return {sizeof(Lengths), sizeof(schedule::Shape), sizeof(int32_t), sizeof(PlanHeader*), sizeof(parts::Limits)};
   if (kernel.rfind("mla_plan", 0) == 0)
     return {sizeof(Lengths), sizeof(schedule::Shape), sizeof(int32_t), sizeof(PlanHeader*)};
   if (kernel.rfind("mla_combine", 0) == 0) return {sizeof(DecodeParams), sizeof(schedule::Shape)};

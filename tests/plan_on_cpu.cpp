@@ -99,12 +99,18 @@ int main() {
     cta::run(
         [] {
           const mla::schedule::Shape shape{sizes.block_rows, sizes.block_n, sizes.merges_pairs};
-          const bool small = !sizes.large && mla::schedule::is_small(lengths, shape);
-          const auto make_free = small          ? sizes.ragged ? mla_plan_small_ragged : mla_plan_small
-                                 : sizes.ragged ? mla_plan_large_ragged
-                                                : mla_plan_large;
-          const auto make = sizes.batch_invariant ? mla_plan_parts : make_free;
-          make(lengths, shape, sizes.num_workers, plan);
+          const int32_t workers = sizes.num_workers;
+          if (sizes.batch_invariant) {
+            const bool small = !sizes.large && mla::parts::is_small(lengths, shape, workers);
+            const auto make = small ? mla_plan_parts_small : mla_plan_parts_large;
+            make(lengths, shape, workers, plan, mla::parts::limits_of(lengths, shape));
+          } else {
+            const bool small = !sizes.large && mla::schedule::is_small(lengths, shape);
+            const auto make = small          ? sizes.ragged ? mla_plan_small_ragged : mla_plan_small
+                              : sizes.ragged ? mla_plan_large_ragged
+                                             : mla_plan_large;
+            make(lengths, shape, workers, plan);
+          }
         },
         sizes.backward != 0);
     std::fwrite(&bytes, sizeof(bytes), 1, stdout);

@@ -65,6 +65,15 @@ def test_decode_is_the_kernel_and_its_combine(
     assert (decode["beside"], combine["beside"]) == (False, True)
 
 
+def test_nothing_is_combined_where_nothing_can_be_split(run: Any) -> None:
+    script = f"""{FILL}
+for p.o_partial in (0, 4096):
+    _mla.launch_decode({NAMES[0]!r}, 'bfloat16', p, False, 0, 0)
+"""
+    kinds = [call["kernel"].split("_")[1] for call in run(script).named("launch")]
+    assert kinds == ["sm80", "sm80", "combine"]
+
+
 @pytest.mark.parametrize("sm", [80, 90, 120])
 def test_kernels_that_wait_start_beside_the_one_before(run: Any, sm: int) -> None:
     """The planner after all that was queued before it, so that who waits for it waits for that."""
@@ -131,10 +140,10 @@ def test_plan_is_one_launch(run: Any, variant: dict[str, Any], batch_invariant: 
     mode = f"p.batch_invariant = {batch_invariant}"
     done = run(f"{FILL}\n{mode}\n_mla.launch_plan({variant['name']!r}, p, 0, 5)")
     (plan,) = done.named("launch")
-    kernel = "mla_plan_parts" if batch_invariant else "mla_plan_large_ragged"  # of what FILL has
-    assert (plan["kernel"], plan["grid"], plan["block"]) == (kernel, 1, 256)
+    kernel = "mla_plan_parts_large" if batch_invariant else "mla_plan_large_ragged"
+    assert (plan["kernel"], plan["grid"], plan["block"]) == (kernel, 1, 512)
     assert (plan["smem"], plan["stream"], plan["device"]) == (0, 5, 0)
-    lengths, shape, workers, header = (bytes.fromhex(p) for p in plan["parameters"])
+    lengths, shape, workers, header, *limits = (bytes.fromhex(p) for p in plan["parameters"])
     params = filled_params()
     got = values_of(Lengths.from_buffer_copy(lengths), LENGTHS)
     assert got == values_of(params, LENGTHS)  # type: ignore[arg-type]
@@ -142,6 +151,7 @@ def test_plan_is_one_launch(run: Any, variant: dict[str, Any], batch_invariant: 
     assert shape == b"".join(int(size).to_bytes(4, "little") for size in tile)
     assert int.from_bytes(workers, "little") == WORKERS
     assert int.from_bytes(header, "little") == params.plan
+    assert len(limits) == batch_invariant
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -158,13 +168,15 @@ def test_planners_of_small_batches_plan_small_batches(
     run: Any, requests: int, h_q: int, max_len: int, size: str, ragged: bool
 ) -> None:
     script = f"""{FILL}
-p.batch_invariant = 0
 p.num_requests, p.s_q, p.total_q, p.h_q, p.max_len = {requests}, 1, 1, {h_q}, {max_len}
 p.cu_seqlens_q = {int(ragged)}
-_mla.launch_plan("sm90_3wg_r64_n64_s2_d576", p, 0, 0)
+for p.batch_invariant in (0, 1):
+    _mla.launch_plan("sm90_3wg_r64_n64_s2_d576", p, 0, 0)
 """
-    (plan,) = run(script).named("launch")
+    plan, parts = run(script).named("launch")
     assert plan["kernel"] == f"mla_plan_{size}" + ("_ragged" if ragged else "")
+    # Which keeps more of each request in shared memory.
+    assert parts["kernel"] == f"mla_plan_parts_{size if requests <= 2048 else 'large'}"
 
 
 @pytest.mark.parametrize(
@@ -264,7 +276,7 @@ def test_preload_brings_in_all_that_a_call_launches(run: Any, variant: dict[str,
     combine = f"mla_combine_%s_v{variant['d_v']}"
     names = [n % t for n in (f"mla_{name}_%s", combine) for t in ("bf16", "fp16")]
     names += [f"mla_plan_{size}{q}" for size in ("small", "large") for q in ("", "_ragged")]
-    names += ["mla_plan_parts"]
+    names += [f"mla_plan_parts_{size}" for size in ("small", "large")]
     assert sorted(got) == sorted((n, 1) for n in names)
 
 

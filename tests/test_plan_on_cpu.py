@@ -11,6 +11,7 @@ import subprocess
 from array import array
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,7 @@ class Planner:
 
     def check(self, batch: Batch, shape: Shape, workers: int, backward: bool) -> None:
         """In both modes: it stays inside, and it is the host's schedule where there is one."""
-        for batch_invariant, large in ((False, False), (False, True), (True, False)):
+        for batch_invariant, large in product((False, True), (False, True)):
             plan = self.plan(batch, shape, workers, backward, batch_invariant, large)
             plan.check_inside()
             try:

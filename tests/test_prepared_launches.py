@@ -74,6 +74,21 @@ for _ in range(2):
     assert kinds == [("plan", False), *2 * (unplanned + planned)]
 
 
+@pytest.mark.parametrize(("pages", "split"), [(64, False), (65, True)])
+def test_batch_invariant_calls_combine_if_a_request_can_have_two_parts(
+    run: Any, pages: int, split: bool
+) -> None:
+    """Of 1024 tokens: pages have 16."""
+    script = f"""{CALLS}
+call = calls[0] | {{"block_table": torch.zeros(3, {pages}, dtype=torch.int32)}}
+for _ in range(2):
+    mla.decode(**call, scale=1.0, batch_invariant=True)
+"""
+    launches = run(script, prologue=AS_H200).named("launch")
+    kinds = ["plan", "sm90", "combine"] if split else ["plan", "sm90"]
+    assert [launch["kernel"].split("_")[1] for launch in launches] == 2 * kinds
+
+
 def test_a_captured_call_has_a_workspace_of_its_own(run: Any) -> None:
     script = f"""{CALLS}
 import os

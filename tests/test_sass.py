@@ -131,7 +131,7 @@ def code(image: str) -> dict[tuple[str, str], str]:
 
 def entry_points(image: str) -> set[str]:
     if image.startswith("plan_parts"):
-        return {"mla_plan_parts"}
+        return {"mla_plan_parts_small", "mla_plan_parts_large"}
     if image.startswith("plan"):
         return {f"mla_plan_{size}{q}" for size in ("small", "large") for q in ("", "_ragged")}
     if image.startswith("combine"):
@@ -184,6 +184,7 @@ def test_nothing_is_kept_in_local_memory(image: str) -> None:
 @each_image
 def test_registers_leave_room_for_a_block(image: str) -> None:
     warps = {v["name"]: v["warps"] for v in GPU_VARIANTS}
+    warps |= {f"{kernel}_{since}": 16 for kernel in ("plan", "plan_parts") for since in SINCE}
     for function in functions(image):
         assert 0 < function.registers <= MAX_REGISTERS, function
         allocated = -(-function.registers // 8) * 8  # granted in eights
@@ -192,11 +193,11 @@ def test_registers_leave_room_for_a_block(image: str) -> None:
 
 @each_image
 def test_parameters_are_what_the_host_passes(image: str) -> None:
-    params, lengths, shape, pointer = _mla.PARAMS_BYTES, 40, 12, 8
+    params, lengths, shape, pointer, limits = _mla.PARAMS_BYTES, 40, 12, 8, 12
     planner, combine = [lengths, shape, 4, pointer], [params, shape]
     wanted = {"append": [216], "merge": [240]}
     for since in SINCE:
-        wanted |= {f"plan_{since}": planner, f"plan_parts_{since}": planner}
+        wanted |= {f"plan_{since}": planner, f"plan_parts_{since}": [*planner, limits]}
         wanted |= {f"combine_{since}": combine}
     for kind, arch, _, text in parts(image, "-elf"):
         if kind != "elf":

@@ -135,10 +135,11 @@ def test_has_an_image(variant: Variant) -> None:
 
 def test_images_are_of_the_table() -> None:
     names = {
-        "plan",
-        "plan_parts",
-        "combine_sm80",
-        "combine_sm90",
+        *(
+            f"{kernel}_{since}"
+            for kernel in ("plan", "plan_parts", "combine")
+            for since in ("sm80", "sm90")
+        ),
         "append",
         "merge",
         *(v.name for v in GPU_VARIANTS),

@@ -55,7 +55,7 @@ def script(row: dict[str, Any], *caches: dict[str, int], dtype: str = "bfloat16"
     return f"""
 for cache in {caches!r}:
     p = _mla.DecodeParams()
-    p.h_q, p.num_workers = 16, 7
+    p.h_q, p.num_workers, p.o_partial = 16, 7, 4096
     for name, value in cache.items():
         setattr(p, name, value)
     _mla.launch_decode({row["name"]!r}, {dtype!r}, p, False, 0, 0)

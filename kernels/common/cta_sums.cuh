@@ -11,13 +11,13 @@ static_assert(kPlanWarps <= 32);
 
 __device__ __forceinline__ int32_t warp_sum(int32_t x) { return __reduce_add_sync(kAllLanes, x); }
 __device__ __forceinline__ int64_t warp_sum(int64_t x) {
-#pragma unroll 1
+  MLA_ROLLED
   for (int step = 16; step > 0; step /= 2) x += __shfl_xor_sync(kAllLanes, x, step);
   return x;
 }
 __device__ __forceinline__ int32_t warp_min(int32_t x) { return __reduce_min_sync(kAllLanes, x); }
 __device__ __forceinline__ int64_t warp_min(int64_t x) {
-#pragma unroll 1
+  MLA_ROLLED
   for (int step = 16; step > 0; step /= 2) x = min(x, __shfl_xor_sync(kAllLanes, x, step));
   return x;
 }
@@ -77,10 +77,10 @@ __device__ __forceinline__ int32_t choose_group_size(const Lengths& lengths, sch
                                                      Unit* scratch, ItemUnits item_units) {
   if (max_row_blocks <= 1) return 1;
   if (lengths.cu_seqlens_q) {
-#pragma unroll 1
+    MLA_ROLLED
     for (int32_t size = threadIdx.x / 32 + 1; size <= schedule::kMaxGroupSize; size += kPlanWarps) {
       Unit sum = 0;
-#pragma unroll 1
+      MLA_ROLLED
       for (int32_t i = threadIdx.x % 32; i < lengths.num_requests; i += 32) {
         const schedule::Request request = schedule::request_at(lengths, shape, i);
         sum += Unit{schedule::bundles(request.row_blocks, size)} * item_units(request);

@@ -1,9 +1,10 @@
 // Writes a schedule (schedule.h) for the lengths as they are in memory: one CTA, no host involved, so that it can be replayed
 // in a graph with other lengths.
 //
-// A kernel that runs once spends its time on what it waits for, one thing behind the other, and on fetching its own instructions. So
-// there is little of either: one read of the lengths, one barrier for all sums, one for what is searched, one for the number of splits;
-// and an entry point for each case of `is_small` and of uniform or ragged queries, without what that case does not need.
+// Threads that do everything once spend their time on instructions that wait for one another, fetched for the first time. So there are
+// few: one read of the lengths, one barrier for all sums, one for what is searched, one for the number of splits; what is independent is
+// done by different warps; and there is an entry point for each case of `is_small` and of uniform or ragged queries, without what that
+// case does not need.
 
 #include "cta_sums.cuh"
 #include "dependent.cuh"
@@ -53,7 +54,7 @@ __device__ __forceinline__ void make_plan(const Lengths& given, schedule::Shape 
   const int32_t first = min(thread * share, num_requests), end = min(first + share, num_requests);
   Extremes all = kNoRequests;
   Unit units[1] = {}, all_units[1];  // of items that have one row block each
-#pragma unroll 1
+  MLA_ROLLED
   for (int32_t i = first; i < end; ++i) {
     const schedule::Request request = schedule::request_at(lengths, shape, i);
     if (request.row_blocks == 0) continue;
@@ -82,7 +83,7 @@ __device__ __forceinline__ void make_plan(const Lengths& given, schedule::Shape 
   };
   if constexpr (Ragged) {
     Line<Unit> own{};
-#pragma unroll 1
+    MLA_ROLLED
     for (int32_t i = first; i < end; ++i) add_request(i, own);
     Unit line[2] = {own.items, own.units}, all_of_line[2];
     block_prefix(line, all_of_line, line_of_warps);
@@ -111,7 +112,7 @@ __device__ __forceinline__ void make_plan(const Lengths& given, schedule::Shape 
     first_unit = schedule::first_unit_of(splits, num_workers);
     first_item = schedule::first_item_of(splits, num_workers, num_requests);
   }
-#pragma unroll 1
+  MLA_ROLLED
   for (int32_t i = first; i < end; ++i) {
     if (i > first) add_request(i - 1, before);
     first_unit[i] = cuts.item_span > 0 ? before.items * cuts.item_span : before.units;
@@ -129,16 +130,13 @@ __device__ __forceinline__ void make_plan(const Lengths& given, schedule::Shape 
   // for what they would have left, as those behind them are left out too.
   auto has_room = [&](Unit number) { return !Ragged || number < max_pieces; };
 
-  // Every group's range, and its first piece if that continues an item; the others are those of the items.
-#pragma unroll 1
-  for (int32_t worker = thread; worker < num_workers; worker += kPlanThreads) {
-    const int32_t g = schedule::quotient(worker, group_size);
+  auto write_worker = [&](int32_t worker) {
+    const int32_t g = schedule::groups_of(worker, group_size);
     PlanWorker range{};
     range.member = worker - g * group_size;
     range.group_size = group_size;
     if (g < cuts.num_groups) {
-      const Unit begin = g * cuts.units_per_group;
-      const Unit ends[2] = {begin, end_of_group(g) - 1};
+      const Unit ends[2] = {g * cuts.units_per_group, end_of_group(g) - 1};
       int32_t requests[2];
       schedule::last_not_above(first_unit, num_requests, ends, requests);
       const Item item = item_at(requests[0], ends[0]), last = item_at(requests[1], ends[1]);
@@ -154,19 +152,23 @@ __device__ __forceinline__ void make_plan(const Lengths& given, schedule::Shape 
           if (!has_room(number_of(item_at(request, unit), g + 1))) range.pairs &= ~kLeavesLast;
         }
         range.last = schedule::make_piece(last, shape, cuts, g);
-        if (item.begin < begin) plan.pieces[first_number] = schedule::make_piece(item, shape, cuts, g);
       }
-      SplitItem split;
-      // In any order: it changes which CTA combines an item, not what it computes.
-      if (range.member == 0 && schedule::make_split(last, shape, cuts, g, split))
-        splits[atomicAdd(&num_splits, 1)] = split;
     }
     plan.workers[worker] = range;
-  }
-  // The first piece of every item, those of the first items by the last threads, which have no worker.
-  const int32_t num_items = static_cast<int32_t>(Ragged ? min(total.items, Unit{max_pieces}) : total.items);
-#pragma unroll 1
-  for (int32_t number = kPlanThreads - 1 - thread; number < num_items; number += kPlanThreads) {
+  };
+  // The piece with which group `g` continues an item, and the split of an item that began in the group before.
+  auto write_continued = [&](int32_t g) {
+    const Unit begin = g * cuts.units_per_group;
+    const Item item = item_at(schedule::last_not_above(first_unit, num_requests, begin), begin);
+    if (item.begin == begin) return;
+    const Unit number = number_of(item, g);
+    if (has_room(number)) plan.pieces[number] = schedule::make_piece(item, shape, cuts, g);
+    SplitItem split;
+    // In any order: it changes which CTA combines an item, not what it computes.
+    if (schedule::make_split(item, shape, cuts, g - 1, split)) splits[atomicAdd(&num_splits, 1)] = split;
+  };
+  // The first piece of an item.
+  auto write_begun = [&](int32_t number) {
     int32_t request = number;
     if (Ragged) request = schedule::last_not_above(first_item, num_requests, number);
     else if (bundles > 1) request = schedule::quotient(number, bundles);
@@ -174,6 +176,16 @@ __device__ __forceinline__ void make_plan(const Lengths& given, schedule::Shape 
                                           first_unit[request], request, Unit{number - first_item_of(request)});
     const int32_t g = static_cast<int32_t>(schedule::quotient(item.begin, cuts.units_per_group));
     if (has_room(Unit{number} + g)) plan.pieces[number + g] = schedule::make_piece(item, shape, cuts, g);
+  };
+  // Side by side, by different warps.
+  const int32_t num_items = static_cast<int32_t>(Ragged ? min(total.items, Unit{max_pieces}) : total.items);
+  const int32_t first_group = schedule::blocks_of(num_workers, 32) * 32;
+  const int32_t first_begun = first_group + schedule::blocks_of(cuts.num_groups, 32) * 32;
+  MLA_ROLLED
+  for (int32_t task = thread; task < first_begun + num_items; task += kPlanThreads) {
+    if (task >= first_begun) write_begun(task - first_begun);
+    else if (task >= first_group && task - first_group < cuts.num_groups) write_continued(task - first_group);
+    else if (task < num_workers) write_worker(task);
   }
   __syncthreads();  // num_splits is complete
   if (thread == 0) *plan.header = schedule::make_header(cuts, schedule::splits_at(max_pieces, num_workers), num_splits);

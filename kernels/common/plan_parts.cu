@@ -4,117 +4,158 @@
 #include "dependent.cuh"
 #include "parts.h"
 
-extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)
-    mla_plan_parts(const __grid_constant__ mla::Lengths lengths, mla::schedule::Shape shape, int32_t num_workers,
-                   mla::PlanHeader* out) {
-  using namespace mla;
-  __shared__ int64_t of_warps[kPlanWarps], before_warps[kPlanWarps][2];
-  __shared__ int64_t units_of_group_size[schedule::kMaxGroupSize];
-  __shared__ int32_t max_row_blocks, num_requests, num_splits;
+namespace mla {
+
+// Of requests: units and parts on each line, and partial results.
+enum { kUnits, kParts = parts::kNumLines, kPartials = 2 * parts::kNumLines, kNumSums };
+
+// What the planner of small batches keeps in shared memory (parts::Memory).
+struct Near {
+  int32_t units[parts::kNumLines * (parts::kSmallBatch + 1)], load[parts::kSmallWorkers + 1];
+  int32_t parts[(parts::kNumLines + 1) * (parts::kSmallBatch + 1) + parts::kNumLines * (parts::kSmallWorkers + 1)];
+};
+
+template <bool Small>
+__device__ __forceinline__ void make_plan_of_parts(const Lengths& lengths, schedule::Shape shape, int32_t num_workers,
+                                                   PlanHeader* out, parts::Limits limits) {
+  using Unit = std::conditional_t<Small, int32_t, int64_t>;
+  constexpr int kLong = parts::kLong, kShort = parts::kShort, kNumLines = parts::kNumLines;
+  __shared__ Unit sums_of_warps[2][kPlanWarps][kNumSums], room_of_warps[kPlanWarps][1];
+  __shared__ Unit units_of_group_size[schedule::kMaxGroupSize];
+  __shared__ int32_t row_blocks_of_warps[kPlanWarps];
+  __shared__ int32_t num_requests, num_splits;
   let_next_kernel_start();
-  const int thread = threadIdx.x;
+  const int thread = threadIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const schedule::PlanView plan = schedule::view(out, num_workers);
-  const parts::Memory memory = parts::memory_of(plan, lengths, shape, num_workers);
-  const int64_t max_items = schedule::max_items(lengths, shape), max_pieces = parts::max_pieces(lengths, shape),
-                max_partials = parts::max_partials(lengths, shape);
+  SplitItem* splits = parts::splits_of(plan, limits);
+  parts::Memory<Unit> memory{lengths.num_requests, num_workers, nullptr, nullptr, nullptr};
+  if constexpr (Small) {
+    __shared__ Near near;
+    memory.units = near.units;
+    memory.load = near.load;
+    memory.parts = near.parts;
+  } else {
+    memory = parts::memory_of(plan, lengths, limits, num_workers);
+  }
   if (thread == 0) {
-    max_row_blocks = num_splits = 0;
+    num_splits = 0;
     num_requests = lengths.num_requests;
   }
-  __syncthreads();
-  auto cut_of = [&](int i, schedule::Request& request) {
-    request = schedule::request_at(lengths, shape, i);
-    return parts::make_cut(request, shape);
-  };
 
-  auto item_units = [&](const schedule::Request& request) {
-    return parts::item_units(parts::make_cut(request, shape), shape);
-  };
-  int64_t units = 0;  // of all items, if each request had one
-  for (int i = thread; i < lengths.num_requests; i += kPlanThreads) {
+  // Each thread has some neighbouring requests. What they and those before them have, if each is one item:
+  const int32_t share = schedule::blocks_of(lengths.num_requests, kPlanThreads);
+  const int32_t first = min(thread * share, lengths.num_requests), end = min(first + share, lengths.num_requests);
+  auto add_request = [&](int32_t i, int32_t items_at_most, int32_t group_size, Unit(&sums)[kNumSums]) {
     const schedule::Request request = schedule::request_at(lengths, shape, i);
-    units += item_units(request);
-    atomicMax(&max_row_blocks, request.row_blocks);
-  }
-  units = block_sum(units, of_warps);
-  const int32_t group_size =
-      choose_group_size(lengths, shape, max_row_blocks, num_workers, units, units_of_group_size, item_units);
-  const int32_t num_groups = num_workers / group_size;
-
-  // Where each request's parts begin on the lines, and behind these its partial results. Requests whose query tokens overlap can have
-  // more than there is room for: from the first of these on, all are left out.
-#pragma unroll 1
-  for (int line = 0; line <= parts::kNumLines; ++line) {
-    const int64_t limit = line < parts::kNumLines ? max_pieces : max_partials;
-    int64_t units_before = 0, parts_before = 0;
-    for (int first = 0; first <= lengths.num_requests; first += kPlanThreads) {
-      const int i = first + thread;
-      schedule::Request request{};
-      parts::Cut cut{};
-      if (i < lengths.num_requests) cut = cut_of(i, request);
+    const parts::Cut cut = parts::make_cut(request, shape);
+    const Unit items = min(schedule::bundles(request.row_blocks, group_size), items_at_most);
+#pragma unroll
+    for (int line = 0; line < kNumLines; ++line) {
       const parts::Run run = parts::run_of(cut, line);
-      const int64_t items = schedule::bundles(request.row_blocks, group_size);
-      const int64_t own_units = items * parts::units_of(run, shape);
-      const int64_t own_parts =
-          line < parts::kNumLines ? items * run.parts : int64_t{request.row_blocks} * parts::partials_of(cut);
-      int64_t before[2] = {own_units, own_parts}, all[2];
-      __syncthreads();  // the scratch of the sums before has been read
-      block_prefix(before, all, before_warps);
-      const int64_t unit = units_before + before[0], part = parts_before + before[1];
-      units_before += all[0];
-      parts_before += all[1];
-      if (i > lengths.num_requests) continue;
-      if (line < parts::kNumLines) memory.first_unit(line)[i] = unit;
-      memory.first_part(line)[i] = static_cast<int32_t>(min(part, limit));
-      const int64_t longs = line == parts::kShort ? memory.first_part(parts::kLong)[i] + items * cut.long_parts : 0;
-      if (longs + part + own_parts > limit) atomicMin(&num_requests, i);
+      sums[kUnits + line] += items * parts::units_of(run, shape);
+      sums[kParts + line] += items * run.parts;
     }
+    sums[kPartials] += Unit{min(request.row_blocks, items_at_most)} * parts::partials_of(cut);
+    return request.row_blocks;
+  };
+  Unit before[kNumSums] = {}, all[kNumSums];
+  int32_t max_row_blocks = 0;
+  MLA_ROLLED
+  for (int32_t i = first; i < end; ++i) max_row_blocks = max(max_row_blocks, add_request(i, 1, 1, before));
+  max_row_blocks = __reduce_max_sync(kAllLanes, max_row_blocks);
+  if (lane == 0) row_blocks_of_warps[warp] = max_row_blocks;
+  block_prefix(before, all, sums_of_warps[0]);  // its barrier is that of the row blocks, too
+  max_row_blocks = __reduce_max_sync(kAllLanes, row_blocks_of_warps[lane % kPlanWarps]);
+  const int32_t group_size = choose_group_size(
+      lengths, shape, max_row_blocks, num_workers, all[kUnits + kLong] + all[kUnits + kShort], units_of_group_size,
+      [&](const schedule::Request& request) { return parts::item_units(parts::make_cut(request, shape), shape); });
+  const int32_t num_groups = schedule::groups_of(num_workers, group_size);
+  // The same with all items that they are.
+  const bool ragged = lengths.cu_seqlens_q != nullptr;
+  if (max_row_blocks > 1 && !ragged) {
+    const Unit items = schedule::bundles(max_row_blocks, group_size);
+#pragma unroll
+    for (int i = 0; i < kNumSums; ++i) {
+      const Unit times = i == kPartials ? max_row_blocks : items;
+      before[i] *= times, all[i] *= times;
+    }
+  } else if (max_row_blocks > 1) {
+#pragma unroll
+    for (int i = 0; i < kNumSums; ++i) before[i] = 0;
+    MLA_ROLLED
+    for (int32_t i = first; i < end; ++i) add_request(i, INT32_MAX, group_size, before);
+    block_prefix(before, all, sums_of_warps[1]);
   }
+
+  // Where each request begins on the lines. Requests whose query tokens overlap can have more parts or partial results than there is
+  // room for: from the first of these on, all are left out.
+  auto write_place = [&](int32_t i, const Unit(&sums)[kNumSums]) {
+#pragma unroll
+    for (int line = 0; line < kNumLines; ++line) {
+      memory.first_unit(line)[i] = sums[kUnits + line];
+      memory.first_part(line)[i] = static_cast<int32_t>(min(sums[kParts + line], Unit{limits.pieces}));
+    }
+    memory.first_slot()[i] = static_cast<int32_t>(min(sums[kPartials], Unit{limits.partials}));
+  };
+  MLA_ROLLED
+  for (int32_t i = first; i < end; ++i) {
+    write_place(i, before);
+    if (i + 1 == end && !ragged) break;
+    add_request(i, INT32_MAX, group_size, before);
+    if (before[kParts + kLong] + before[kParts + kShort] > limits.pieces || before[kPartials] > limits.partials)
+      atomicMin(&num_requests, i);
+  }
+  if (thread == 0) write_place(lengths.num_requests, all);
   __syncthreads();  // the lines are complete
 
   // The long parts of each group.
-  auto place_of = [&](int line, int64_t unit) {
+  auto place_of = [&](int line, Unit unit) {
     return parts::place_of(lengths, shape, memory, num_requests, line, unit);
   };
-  const int64_t long_units = memory.first_unit(parts::kLong)[num_requests],
-                short_units = memory.first_unit(parts::kShort)[num_requests];
-  for (int g = thread; g <= num_groups; g += kPlanThreads) {
-    const parts::Place place = place_of(parts::kLong, parts::range_begin(long_units, num_groups, g));
-    memory.first_of_group(parts::kLong)[g] = place.parts;
+  const Unit long_units = memory.first_unit(kLong)[num_requests], short_units = memory.first_unit(kShort)[num_requests];
+  MLA_ROLLED
+  for (int32_t g = thread; g <= num_groups; g += kPlanThreads) {
+    const parts::Place<Unit> place = place_of(kLong, parts::range_begin(long_units, num_groups, g));
+    memory.first_of_group(kLong)[g] = place.parts;
     memory.load[g] = place.units;
   }
   __syncthreads();  // the loads are complete
 
-  // The short ones: up to the least level that takes them all.
-  auto missing = [&](int g, int64_t level) {
-    return g < num_groups ? max(level - (memory.load[g + 1] - memory.load[g]), int64_t{0}) : int64_t{0};
-  };
-  int64_t level = 0;
-  for (int64_t high = schedule::ceil_div<int64_t>(long_units + short_units, num_groups); level < high;) {
-    const int64_t middle = level + (high - level) / 2;
-    int64_t room = 0;
-    for (int g = thread; g < num_groups; g += kPlanThreads) room += missing(g, middle);
-    if (block_sum(room, of_warps) >= short_units) high = middle;
+  // The short ones: up to the least level that takes them all, which each warp finds by itself.
+  auto load_of = [&](int32_t g) { return memory.load[g + 1] - memory.load[g]; };
+  auto missing = [&](int32_t g, Unit level) { return max(level - load_of(g), Unit{0}); };
+  Unit least = load_of(0);
+  MLA_ROLLED
+  for (int32_t g = lane; g < num_groups; g += 32) least = min(least, load_of(g));
+  Unit level = warp_min(least) + schedule::ceil_div<Unit>(short_units, num_groups);
+  MLA_ROLLED
+  for (Unit high = schedule::ceil_div<Unit>(long_units + short_units, num_groups); level < high;) {
+    const Unit middle = level + (high - level) / 2;
+    Unit room = 0;
+    for (int32_t g = lane; g < num_groups; g += 32) room += missing(g, middle);
+    if (warp_sum(room) >= short_units) high = middle;
     else level = middle + 1;
   }
-  int64_t room_before = 0;
-  for (int first = 0; first <= num_groups; first += kPlanThreads) {
-    const int g = first + thread;
-    int64_t before[2] = {missing(g, level)}, all[2];
-    __syncthreads();  // the scratch of the sums before has been read
-    block_prefix(before, all, before_warps);
-    if (g <= num_groups)
-      memory.first_of_group(parts::kShort)[g] =
-          place_of(parts::kShort, g < num_groups ? room_before + before[0] : short_units).parts;
-    room_before += all[0];
+  const int32_t groups = schedule::blocks_of(num_groups, kPlanThreads);  // of a thread
+  const int32_t first_group = min(thread * groups, num_groups), end_group = min(first_group + groups, num_groups);
+  Unit room[1] = {}, all_room[1];
+  MLA_ROLLED
+  for (int32_t g = first_group; g < end_group; ++g) room[0] += missing(g, level);
+  block_prefix(room, all_room, room_of_warps);
+  MLA_ROLLED
+  for (int32_t g = first_group; g < end_group; ++g) {
+    memory.first_of_group(kShort)[g] = place_of(kShort, room[0]).parts;
+    room[0] += missing(g, level);
   }
+  if (thread == 0) memory.first_of_group(kShort)[num_groups] = memory.first_part(kShort)[num_requests];
   __syncthreads();  // the groups' parts are known
 
-  const int32_t *longs = memory.first_of_group(parts::kLong), *shorts = memory.first_of_group(parts::kShort);
-  for (int worker = thread; worker < num_workers; worker += kPlanThreads) {
-    const int g = worker / group_size;
+  const int32_t *longs = memory.first_of_group(kLong), *shorts = memory.first_of_group(kShort);
+  MLA_ROLLED
+  for (int32_t worker = thread; worker < num_workers; worker += kPlanThreads) {
+    const int32_t g = schedule::groups_of(worker, group_size);
     PlanWorker range{};
-    range.member = worker % group_size;
+    range.member = worker - g * group_size;
     range.group_size = group_size;
     if (g < num_groups) {
       range.first_piece = longs[g] + shorts[g];
@@ -122,32 +163,45 @@ extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)
     }
     plan.workers[worker] = range;
   }
+  __syncthreads();  // the workers are there, but for their last pieces
+
   // In a group the long ones come first.
-#pragma unroll 1
-  for (int line = 0; line < parts::kNumLines; ++line) {
-    for (int number = thread; number < memory.first_part(line)[num_requests]; number += kPlanThreads) {
+  MLA_ROLLED
+  for (int line = 0; line < kNumLines; ++line) {
+    MLA_ROLLED
+    for (int32_t number = thread; number < memory.first_part(line)[num_requests]; number += kPlanThreads) {
       const parts::Part part = parts::part_at(lengths, shape, memory, num_requests, line, number);
-      const int g = schedule::last_not_above(memory.first_of_group(line), num_groups, number);
-      plan.pieces[number + (line == parts::kLong ? shorts[g] : longs[g + 1])] =
-          parts::make_piece(part, memory, shape, group_size);
+      const int32_t g = schedule::last_not_above(memory.first_of_group(line), num_groups, number);
+      const int32_t index = number + (line == kLong ? shorts[g] : longs[g + 1]);
+      const Piece piece = parts::make_piece(part, memory, shape, group_size);
+      plan.pieces[index] = piece;
+      if (index + 1 == longs[g + 1] + shorts[g + 1])
+        for (int32_t member = 0; member < group_size; ++member) plan.workers[g * group_size + member].last = piece;
       if (part.number > 0 || part.cut.parts() == 1) continue;
       // In any order: it changes which CTA combines an item, not what it computes.
-      const int split = atomicAdd(&num_splits, 1);
-      if (split < max_items) memory.splits[split] = parts::make_split(part, memory, shape, group_size);
+      const int32_t split = atomicAdd(&num_splits, 1);
+      if (split < limits.items) splits[split] = parts::make_split(part, memory, shape, group_size);
     }
   }
-  __syncthreads();  // num_splits and the pieces are complete
-  for (int worker = thread; worker < num_workers; worker += kPlanThreads) {
-    PlanWorker& range = plan.workers[worker];
-    if (range.first_piece < range.end_piece) range.last = plan.pieces[range.end_piece - 1];
-  }
+  __syncthreads();  // num_splits is complete
   if (thread == 0) {
     PlanHeader header{};
-    header.splits_at = schedule::splits_at(max_pieces, num_workers);
+    header.splits_at = schedule::splits_at(limits.pieces, num_workers);
     header.num_groups = num_groups;
     header.group_size = group_size;
-    header.num_splits = static_cast<int32_t>(min(int64_t{num_splits}, max_items));
+    header.num_splits = min(num_splits, limits.items);
     header.batch_invariant = 1;
     *plan.header = header;
   }
 }
+
+}  // namespace mla
+
+#define MLA_PLAN_PARTS(name, Small)                                                                          \
+  extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)                                         \
+      name(const __grid_constant__ mla::Lengths lengths, const __grid_constant__ mla::schedule::Shape shape, \
+           int32_t num_workers, mla::PlanHeader* out, const __grid_constant__ mla::parts::Limits limits) {   \
+    mla::make_plan_of_parts<Small>(lengths, shape, num_workers, out, limits);                                \
+  }
+MLA_PLAN_PARTS(mla_plan_parts_small, true)
+MLA_PLAN_PARTS(mla_plan_parts_large, false)

@@ -100,12 +100,14 @@ MLA_HD int32_t bundles(int32_t row_blocks, int32_t group_size) {
 
 // The device plans small batches with units of 32 bits, as it has no 64-bit division, and searches them in shared memory.
 constexpr int kSmallBatch = 4096;
-constexpr int64_t kMostUnitsOfSmall = int64_t{1} << 28;  // sums that occur are less than eight times as many
+// Whether they are at most 2^28, if an item has `overhead` of them beside its tiles: sums that occur are less than eight times as many.
+inline bool units_are_few(const Lengths& lengths, Shape shape, int64_t overhead) {
+  const int32_t tokens = lengths.cu_seqlens_q ? lengths.total_q : lengths.s_q;
+  const double items = static_cast<double>(lengths.num_requests) * row_blocks_of(lengths, shape, tokens);
+  return items * static_cast<double>(overhead + item_tiles(max_len_of(lengths), shape)) <= 1 << 28;
+}
 inline bool is_small(const Lengths& lengths, Shape shape) {
-  const double items = static_cast<double>(lengths.num_requests) *
-                       row_blocks_of(lengths, shape, lengths.cu_seqlens_q ? lengths.total_q : lengths.s_q);
-  const double units = items * (overhead_units(shape) + item_tiles(max_len_of(lengths), shape));
-  return lengths.num_requests <= kSmallBatch && units <= static_cast<double>(kMostUnitsOfSmall);
+  return lengths.num_requests <= kSmallBatch && units_are_few(lengths, shape, overhead_units(shape));
 }
 
 // The group size that leaves the busiest group the least work, as `units` in bundles of `group_size` cost. Larger groups win ties, as
@@ -113,9 +115,12 @@ inline bool is_small(const Lengths& lengths, Shape shape) {
 MLA_HD int32_t largest_group_size(int32_t max_row_blocks, int32_t num_workers) {
   return clamp(max_row_blocks < num_workers ? max_row_blocks : num_workers, 1, kMaxGroupSize);
 }
+MLA_HD int32_t groups_of(int32_t workers, int32_t group_size) {
+  return group_size == 1 ? workers : quotient(workers, group_size);  // most batches have one row block each
+}
 template <class Unit>
 MLA_HD Unit busiest_group(Unit units, int32_t group_size, int32_t num_workers) {
-  return ceil_div<Unit>(units, quotient(num_workers, group_size));
+  return ceil_div<Unit>(units, groups_of(num_workers, group_size));
 }
 inline int32_t best_group_size(const int64_t (&units)[kMaxGroupSize], int32_t max_row_blocks, int32_t num_workers) {
   int32_t best = 1;
@@ -163,7 +168,7 @@ MLA_HD Cuts<Unit> make_cuts(const Items<Unit>& items, Shape shape, int32_t group
   Cuts<Unit> cuts{};
   cuts.group_size = group_size;
   cuts.overhead = overhead_units(shape);
-  const Unit groups = quotient(num_workers, group_size);
+  const Unit groups = groups_of(num_workers, group_size);
   const Unit least = least_range(items.units, shape);
   if (items.most_units <= least && items.number > 0 && items.number <= groups) {
     cuts.units_per_group = cuts.item_span = items.most_units;
@@ -311,16 +316,17 @@ MLA_HD int32_t pairs_of(const Item<Unit>& first, const Item<Unit>& last, Shape s
   return (pair_from(first, g - 1) ? kMergesFirst : 0) | (pair_from(last, g) ? kLeavesLast : 0);
 }
 
-// The last item of group `g`, for the combine kernel, if its tokens begin in the group and go on past its end; false otherwise.
+// An item for the combine kernel, if its tokens begin in group `g` and go on past its end; false otherwise. No other than the one that
+// holds the first unit behind the group can.
 template <class Unit>
-MLA_HD bool make_split(const Item<Unit>& last, Shape shape, const Cuts<Unit>& cuts, int32_t g, SplitItem& split) {
-  if (!begins_in(last, cuts, g) || !goes_beyond(last, cuts, g)) return false;
-  if (shape.merges_pairs && !goes_beyond(last, cuts, g + 1)) return false;
-  const int32_t last_group = static_cast<int32_t>(quotient<Unit>(end_unit(last) - 1, cuts.units_per_group));
-  split = {last.request,
-           last.info.first_token,
-           last.info.num_tokens,
-           last.bundle * cuts.group_size * shape.block_rows,
+MLA_HD bool make_split(const Item<Unit>& item, Shape shape, const Cuts<Unit>& cuts, int32_t g, SplitItem& split) {
+  if (!begins_in(item, cuts, g) || !goes_beyond(item, cuts, g)) return false;
+  if (shape.merges_pairs && !goes_beyond(item, cuts, g + 1)) return false;
+  const int32_t last_group = static_cast<int32_t>(quotient<Unit>(end_unit(item) - 1, cuts.units_per_group));
+  split = {item.request,
+           item.info.first_token,
+           item.info.num_tokens,
+           item.bundle * cuts.group_size * shape.block_rows,
            last_group - g + 1,
            partial_slot(g, cuts.group_size, true),
            partial_slot(g + 1, cuts.group_size, false),
