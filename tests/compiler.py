@@ -11,9 +11,7 @@ HERE = Path(__file__).parent
 KERNELS = HERE.parent / "kernels"
 
 
-def compile_cpp(
-    source: Path, output: Path, *options: str | Path, kernels: Path = KERNELS
-) -> None:
+def compile_cpp(source: Path, output: Path, *options: str | Path, kernels: Path = KERNELS) -> None:
     """The source may include what is in `kernels`."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or "c++"
     command = [compiler, "-std=c++17", "-I", kernels, *options, source, "-o", output]

@@ -54,8 +54,7 @@ class Combine:
                 text = text.replace(ptx, cpp)
             header.write_text(text, encoding="utf-8")
         program = folder / "combine_on_cpu"
-        options = ["-O1", "-Wno-unknown-pragmas", "-I", HERE]
-        compile_cpp(HERE / "combine_on_cpu.cpp", program, *options, kernels=kernels)
+        compile_cpp(HERE / "combine_on_cpu.cpp", program, "-O1", "-I", HERE, kernels=kernels)
         self.process = subprocess.Popen([program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def __call__(

@@ -219,6 +219,16 @@ def test_no_bound_decides_a_comparison_as_well(image: str) -> None:
         assert not re.search(r"\bVIMNMX\S*\.RELU\S* R\w+, (?!PT,)U?P\w,", text), where
 
 
+def test_combine_asks_for_parts_right_behind_its_wait() -> None:
+    """It has divided and read the plan by then: who starts last holds up all."""
+    for where, text in code("combine_sm90").items():
+        ahead, behind = text.split("ACQBULK")
+        assert ahead.count("LDG.E.128") == 2, where  # the item
+        first_part = behind[: behind.index("LDG.E.128")]
+        assert "MUFU.RCP" not in first_part, where
+        assert first_part.count("LDG.E ") == 4, where  # log-sum-exps, which are needed first
+
+
 @each_variant("sm80")
 def test_sm80_uses_the_units_it_is_written_for(variant: dict[str, Any]) -> None:
     """Tensor cores, asynchronous copies past the registers, matrix loads."""

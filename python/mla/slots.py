@@ -64,9 +64,12 @@ def copy(to: Tensor, rows: Tensor) -> None:
 def _wider(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Views in elements of eight bytes, where all tensors have such: torch copies strided tensors
     element by element."""
+    each = 8 // tensors[0].element_size()
     for x in tensors:
-        each = 8 // x.element_size()
-        places = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
-        if x.stride(-1) != 1 or any(place % each for place in places):
+        *strides, last = x.stride()
+        bits = x.shape[-1] | x.storage_offset()
+        for stride in strides:
+            bits |= stride
+        if last != 1 or bits % each:
             return tensors
     return tuple(x.view(torch.int64) for x in tensors)

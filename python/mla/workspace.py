@@ -2,8 +2,8 @@
 
     schedule  48 + 128 * num_workers + 32 * row_blocks + 12 * (b + 1) bytes, rounded up to 256;
               none with a plan
-    partials  slots * block_rows * (2 * d_v + 36) bytes, slots = 2 * num_workers + 1: 16 bits a number,
-              and a row's log-sum-exp, once for itself and for each of eight runs of its columns
+    partials  slots * block_rows * (2 * d_v + 36) bytes, slots = 2 * num_workers + 1: 16 bits a
+              number, and a row's log-sum-exp, once for itself and for each of eight runs of columns
 
 num_workers is the number of SMs; row_blocks is b * ceil(s_q * h_q / block_rows), of a ragged query
 ceil(total_q * h_q / block_rows) + b. With `batch_invariant`

@@ -11,6 +11,7 @@ import torch
 from mla import fused
 from mla.layer_config import Dims as LayerDims
 from mla.models import MODELS
+from mla.prefill_estimate import Method
 from prefilling import CASES, Case, Dims, Problem, make_prefill
 
 pytestmark = pytest.mark.filterwarnings("ignore:Synchronization debug mode")
@@ -164,31 +165,31 @@ def test_absorbed_does_not_wait_and_replays(device: torch.device) -> None:
     other.check(result)
 
 
-def test_a_plan_does_not_wait_and_replays(device: torch.device) -> None:
-    """Un-absorbed and both ways; replayed with weights of zeros, heads give zeros."""
-    dims = replace(BIG, heads=16)
-    for lens, new in (((1500,), (600,)), ((1500, 900, 70), (600, 2, 70))):
-        case = Case(lens, new, dims=dims, page_size=64)
-        problem = make_prefill(case, device)
-        given = problem.kwargs
-        plan = mla.plan_prefill(
-            given["block_table"], given["seq_lens"], cu_seqlens_q=given["cu_seqlens_q"],
-            tokens=sum(new), dims=LayerDims(heads=16, kv_lora=512, nope=128, rope=64, v=128),
-            dtype=case.dtype, num_pages=len(given["kv_cache"]), page_size=64,
-        )  # fmt: skip
-        mla.prefill(**given, plan=plan)  # prepares kernels
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            result = mla.prefill(**given, plan=plan)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        problem.check(result)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = mla.prefill(**given, plan=plan)
-        given["w_kv_b"].zero_()
-        graph.replay()
-        assert not result.out.any()
+@pytest.mark.parametrize("method", [*METHODS, None])
+def test_a_plan_does_not_wait_and_replays(method: Method | None, device: torch.device) -> None:
+    """Replayed with weights of zeros, heads give zeros."""
+    case = Case((1500, 900, 70), (1100, 2, 70), dims=replace(BIG, heads=16), page_size=64)
+    problem = make_prefill(case, device)
+    given = problem.kwargs
+    plan = mla.plan_prefill(
+        given["block_table"], given["seq_lens"], cu_seqlens_q=given["cu_seqlens_q"],
+        tokens=len(given["q"][0]), dims=LayerDims(heads=16, kv_lora=512, nope=128, rope=64, v=128),
+        dtype=case.dtype, num_pages=len(given["kv_cache"]), page_size=64, method=method,
+    )  # fmt: skip
+    mla.prefill(**given, plan=plan)  # prepares kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = mla.prefill(**given, plan=plan)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    problem.check(result)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = mla.prefill(**given, plan=plan)
+    given["w_kv_b"].zero_()
+    graph.replay()
+    assert result.method == plan.method == (method or result.method)
+    assert not result.out.any()
 
 
 @each_method
