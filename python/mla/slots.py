@@ -67,7 +67,7 @@ def _wider(*tensors: Tensor) -> tuple[Tensor, ...]:
     each = 8 // tensors[0].element_size()
     for x in tensors:
         *strides, last = x.stride()
-        bits = x.shape[-1] | x.storage_offset()
+        bits = x.shape[-1] | int(x.storage_offset())
         for stride in strides:
             bits |= stride
         if last != 1 or bits % each:
