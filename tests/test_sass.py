@@ -30,9 +30,9 @@ IMAGES = [
 each_image = pytest.mark.parametrize("image", IMAGES)
 
 
-def each_variant(pipeline: str) -> pytest.MarkDecorator:
-    """Once for each row of a pipeline, or of all whose names begin so."""
-    rows = [v for v in GPU_VARIANTS if v["pipeline"].startswith(pipeline)]
+def each_variant(*pipelines: str) -> pytest.MarkDecorator:
+    """Once for each row of these pipelines, or of all whose names begin so."""
+    rows = [v for v in GPU_VARIANTS if v["pipeline"].startswith(pipelines)]
     return pytest.mark.parametrize("variant", rows, ids=lambda v: v["name"])
 
 
@@ -343,6 +343,15 @@ def test_sm90_registers_as_the_warpgroups_take_them(variant: dict[str, Any]) -> 
         assert given <= function.registers <= taken <= 240, function
         consumers = variant["warps"] // 4 - 1
         assert 128 * (given + consumers * taken) <= REGISTERS_PER_SM, function
+
+
+@each_variant("sm90_3wg", "sm90_swap")
+def test_sm90_producer_comes_to_the_first_barrier_together(variant: dict[str, Any]) -> None:
+    """No branch of its lanes lies between the tensor maps' prefetch, its first step, and there."""
+    for (arch, name), text in code(variant["name"]).items():
+        begin = text.split("UTMACCTL.PF")[-1].partition("BAR.SYNC")
+        assert begin[1], (arch, name)
+        assert "BSSY" not in begin[0], (arch, name)
 
 
 @each_variant("sm90_")

@@ -232,6 +232,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
   bool landed = false;        // the stage's tile is known to have landed
   while (index < work.worker().end_piece) {
     if (me.lane() == 0) store_shared(at.index(), __int_as_float(index));
+    if constexpr (S::tile_groups > 1) __syncwarp();  // it is there: a group without a tile meets no other barrier
     const Piece& piece = work.pieces()[index];
     load_q(piece);
     begin_rows(piece);
@@ -324,8 +325,8 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
     const bool any_tiles = S::tile_groups == 1 || done.end_tile - done.first_tile > me.tile_group();
     Results<C>{p, me, at, work, o}.finish_piece(done, softmax.end(), any_tiles ? last_stage : -1);
     if (S::own_columns && any_tiles) loads.copy_tile(last_stage);
-    __syncwarp();
     index = work.next_piece_at(__float_as_int(load_shared(at.index())) + 1, 0);
+    __syncwarp();  // all lanes have read it
   }
   cp_async_wait_all();
 }

@@ -34,6 +34,7 @@ enum Barrier : int {
   kOthersDone = 3,  // + warpgroup: all its warps have multiplied the other's P. Its own threads
   kSumsReady = 5,   // both left their row sums
   kPartialThere = 6,  // both stored their columns of a partial result
+  kBegun = 7,         // the mbarriers are there. All threads
 };
 
 template <class C>
@@ -106,8 +107,7 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
     PieceWalk<C> walk(p);
     Slot slot{};
     if (warp < kCopyWarps) slot = has_boxes(p) ? walk.box_slot_at(0) : walk.row_slot_at(0, warp * 32 + lane);
-    __syncwarp();     // its lanes may have come by different ways
-    __syncthreads();  // the mbarriers are there
+    named_barrier_sync(kBegun, C::threads);
     let_next_kernel_start();
     lower_registers<kProducerRegisters>();
 
@@ -259,7 +259,7 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
       mbarrier_init(other_there, 1);
       fence_mbarrier_init();
     }
-    __syncthreads();  // the mbarriers are there
+    named_barrier_sync(kBegun, C::threads);
     let_next_kernel_start();
     raise_registers<kConsumerRegisters>();
     const int quad = lane / 4, pair = lane % 4 * 2, row = warp * 16 + quad;  // rows `row` and `row` + 8
@@ -355,6 +355,7 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
       {
         RowBlock block;
         load_shared_struct(block, block_at(parity));
+        __syncwarp();  // all lanes have read it: one of them will say so, to q_free
         num_tiles = warp_uniform(block.num_tiles);
         unmasked_tiles = warp_uniform(block.unmasked_tiles);
         alone = warp_uniform(block.group_size) == 1;

@@ -31,6 +31,7 @@ enum Barrier : int {
   kMaxReady = 1,  // the maxima of both tiles are there; nobody reads the P before. Both warpgroups
   kPReady = 2,    // P of both tiles is there. Both warpgroups
   kResult = 3,    // sums, and the partial result of another group, are there; or all of one is stored. Both warpgroups
+  kBegun = 4,     // the mbarriers are there. All threads
 };
 
 template <class C>
@@ -95,8 +96,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
     PieceWalk<C> walk(p);
     Slot slot{};
     if (warp < kCopyWarps) slot = has_boxes(p) ? walk.box_slot_at(0) : walk.row_slot_at(0, warp * 32 + lane);
-    __syncwarp();     // its lanes may have come by different ways
-    __syncthreads();  // the mbarriers are there
+    named_barrier_sync(kBegun, C::threads);
     let_next_kernel_start();
 
     // Where a tile would begin whose chunk `chunk` is here.
@@ -201,7 +201,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
       mbarrier_init(q_free, kConsumers * kWarpgroupWarps);
       fence_mbarrier_init();
     }
-    __syncthreads();  // the mbarriers are there
+    named_barrier_sync(kBegun, C::threads);
     let_next_kernel_start();
     const int quad = lane / 4,
               pair = lane % 4 * 2;  // accumulators: tokens, or columns, quad and quad + 8; query rows pair, pair + 1
@@ -259,6 +259,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
       {
         RowBlock block;
         load_shared_struct(block, block_at(parity));
+        __syncwarp();  // all lanes have read it: one of them will say so, to q_free
         num_tiles = warp_uniform(block.num_tiles);
         unmasked_tiles = warp_uniform(block.unmasked_tiles);
 #pragma unroll

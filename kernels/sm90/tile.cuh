@@ -68,11 +68,13 @@ __device__ __forceinline__ int tokens_of_tile(int tile, int len) {
 struct Slot {
   int page, index;  // row of the cache, the page as the block table has it; index -1: behind the request's end
 };
-// Entries of the block table behind the request's end are not read.
+// Entries of the block table behind the request's end are not read, but the plan's first word instead. So there is no branch (ptxas
+// makes one of a predicated load as well), and all lanes of a producer's warp come to its first barrier together.
 __device__ __forceinline__ Slot slot_of(const DecodeParams& p, int request, int token, int len) {
-  if (token >= len) return {0, -1};
+  const bool exists = token < len;
   const int entry = divide(token, p.by_page_size);
-  return {p.block_table[request * p.block_table_stride + entry], token - entry * p.page_size};
+  const int* from = p.block_table + request * p.block_table_stride + entry;
+  return {*(exists ? from : reinterpret_cast<const int*>(p.plan)), exists ? token - entry * p.page_size : -1};
 }
 // Whatever the block table says, the page is in the pool. Clamped where it is used, as a look-up is waited for there and not before.
 __device__ __forceinline__ int pool_page(const DecodeParams& p, Slot slot) {
@@ -96,7 +98,7 @@ __device__ __forceinline__ void prefetch_tensor_maps(const DecodeParams& p) {
 constexpr int kLookupTiles = 32 / kMaxBoxes;
 __device__ __forceinline__ Slot box_slot(const DecodeParams& p, int request, int tile, int len) {
   const int lane = threadIdx.x % 32, first = lane % kMaxBoxes * p.box_rows;
-  return first < kTileTokens ? slot_of(p, request, (tile + lane / kMaxBoxes) * kTileTokens + first, len) : Slot{0, -1};
+  return slot_of(p, request, first < kTileTokens ? (tile + lane / kMaxBoxes) * kTileTokens + first : len, len);
 }
 // Bytes that arrive of a chunk whose request has `tokens` of the tile: whole boxes.
 __device__ __forceinline__ int box_bytes(const DecodeParams& p, int tokens) {

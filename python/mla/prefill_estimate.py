@@ -7,12 +7,12 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 
-from . import dispatch, expanded_steps, prefill_costs
+from . import _mla, dispatch, expanded_steps, prefill_costs
 from .absorb import absorbed_bytes
 from .chunks import Part, chunks, seen_requests
 from .device import Device
 from .errors import UnsupportedError
-from .estimate import ceil_div, cut, model, overlapped
+from .estimate import ceil_div, model, overlapped
 from .layer_config import Dims
 from .prefill_costs import PrefillCosts
 from .problem import Problem
@@ -130,8 +130,8 @@ def _decode_us(r: Request, b: int, new: int, length: int, device: Device) -> flo
     variant = dispatch.choose(problem, device, None)
     found = model(variant, problem.kind, device)
     assert found is not None
-    us: float = found.us(cut(b, problem.rows, length, variant.block_rows, device.sm_count))
-    return us
+    sizes = (b, problem.rows, length, variant.block_rows, variant.block_n)
+    return found.us(_mla.cut(*sizes, device.sm_count))
 
 
 def expanded_work(r: Request, sm_count: int, cudnn: bool) -> ExpandedWork:
