@@ -9,9 +9,7 @@
 // The arithmetic is here, for the host and the device alike; plan.cu runs it on the device, the tests on the host.
 #pragma once
 
-#include <type_traits>
-
-#include "plan_view.h"
+#include "requests.h"
 
 namespace mla::schedule {
 
@@ -21,82 +19,14 @@ constexpr int kItemOverheadTokens = 128;
 constexpr int kMinGroupTokens = 128;  // of least_tiles()
 // With more tokens than few, combining is dearer: 27.5 us instead of 23.8 for one request of 16,384 tokens in ranges of 128.
 constexpr int kFewTokens = 6144, kMinGroupTokensOfMany = 192;
-constexpr int kMaxGroupSize = 8;
-// Longer requests count as this long, so that the number of a token past the end of the last tile still fits 31 bits.
-constexpr int64_t kMaxLen = (int64_t{1} << 31) - 4096;
 // Cuts fall on the ends of equally long items if that makes the busiest group's range longer by at most one part in this.
 constexpr int kAlignmentShare = 64;
-
-struct Shape {  // of the tile that a variant computes: powers of two
-  int32_t block_rows, block_n;
-  int32_t merges_pairs;  // whether the pipeline merges pairs (PlanWorker); if not, the combine kernel does
-};
-
-// Of a >= 0 and b > 0: signed division takes longer, and so does one that minds zero.
-template <class T>
-MLA_HD T quotient(T a, T b) {
-  using Unsigned = std::make_unsigned_t<T>;
-  if (b == 0) __builtin_unreachable();
-  return static_cast<T>(static_cast<Unsigned>(a) / static_cast<Unsigned>(b));
-}
-template <class T>
-MLA_HD T ceil_div(T a, T b) {
-  return quotient<T>(a + b - 1, b);
-}
-MLA_HD int32_t log2_of(int32_t x) {  // rounded down, x > 0
-#ifdef __CUDA_ARCH__
-  return 31 - __clz(x);
-#else
-  return 31 - __builtin_clz(static_cast<unsigned>(x));
-#endif
-}
-// ceil_div where the divisor is a power of two.
-template <class T>
-MLA_HD T blocks_of(T a, int32_t size) {
-  return (a + (size - 1)) >> log2_of(size);
-}
-template <class T>
-MLA_HD T clamp(T x, T low, T high) {
-  return x < low ? low : x > high ? high : x;
-}
-
-struct Request {
-  int32_t first_token;  // of its query tokens, in the whole query
-  int32_t num_tokens;
-  int32_t len;  // KV tokens
-  int32_t row_blocks;
-};
-
-MLA_HD int32_t max_len_of(const Lengths& lengths) {
-  return static_cast<int32_t>(lengths.max_len < kMaxLen ? lengths.max_len : kMaxLen);
-}
-MLA_HD int32_t row_blocks_of(const Lengths& lengths, Shape shape, int32_t num_tokens) {
-  return static_cast<int32_t>(blocks_of(int64_t{num_tokens} * lengths.h_q, shape.block_rows));
-}
-
-// Whatever the caller's lengths say, what comes out lies inside the caller's tensors.
-MLA_HD Request request_at(const Lengths& lengths, Shape shape, int32_t i) {
-  Request r;
-  if (lengths.cu_seqlens_q) {
-    r.first_token = clamp(lengths.cu_seqlens_q[i], 0, lengths.total_q);
-    r.num_tokens = clamp(lengths.cu_seqlens_q[i + 1], r.first_token, lengths.total_q) - r.first_token;
-  } else {
-    r.first_token = 0;  // a uniform query is addressed by its batch stride
-    r.num_tokens = lengths.s_q;
-  }
-  r.len = clamp(lengths.seq_lens[i], 0, max_len_of(lengths));
-  r.row_blocks = row_blocks_of(lengths, shape, r.num_tokens);
-  return r;
-}
 
 MLA_HD int32_t overhead_units(Shape shape) { return blocks_of(kItemOverheadTokens, shape.block_n); }
 
 // Of one item. A request without KV still has one unit of work: writing its zeros.
 MLA_HD int32_t item_tiles(int32_t len, Shape shape) { return len > 0 ? blocks_of(len, shape.block_n) : 1; }
 MLA_HD int32_t item_units(const Request& r, Shape shape) { return overhead_units(shape) + item_tiles(r.len, shape); }
-MLA_HD int32_t bundles(int32_t row_blocks, int32_t group_size) {
-  return row_blocks > group_size ? ceil_div(row_blocks, group_size) : row_blocks > 0;
-}
 
 // The device plans small batches with units of 32 bits, as it has no 64-bit division, and searches them in shared memory.
 constexpr int kSmallBatch = 4096;
@@ -108,28 +38,6 @@ inline bool units_are_few(const Lengths& lengths, Shape shape, int64_t overhead)
 }
 inline bool is_small(const Lengths& lengths, Shape shape) {
   return lengths.num_requests <= kSmallBatch && units_are_few(lengths, shape, overhead_units(shape));
-}
-
-// The group size that leaves the busiest group the least work, as `units` in bundles of `group_size` cost. Larger groups win ties, as
-// they read KV from memory fewer times.
-MLA_HD int32_t largest_group_size(int32_t max_row_blocks, int32_t num_workers) {
-  return clamp(max_row_blocks < num_workers ? max_row_blocks : num_workers, 1, kMaxGroupSize);
-}
-MLA_HD int32_t groups_of(int32_t workers, int32_t group_size) {
-  return group_size == 1 ? workers : quotient(workers, group_size);  // most batches have one row block each
-}
-template <class Unit>
-MLA_HD Unit busiest_group(Unit units, int32_t group_size, int32_t num_workers) {
-  return ceil_div<Unit>(units, groups_of(num_workers, group_size));
-}
-inline int32_t best_group_size(const int64_t (&units)[kMaxGroupSize], int32_t max_row_blocks, int32_t num_workers) {
-  int32_t best = 1;
-  int64_t least = busiest_group(units[0], 1, num_workers);
-  for (int32_t size = 2; size <= largest_group_size(max_row_blocks, num_workers); ++size) {
-    const int64_t cost = busiest_group(units[size - 1], size, num_workers);
-    if (cost <= least) best = size, least = cost;
-  }
-  return best;
 }
 
 // A group has at least so many tiles: below it, combining more splits costs more than they save.
