@@ -43,6 +43,22 @@ struct {
   unsigned x;
 } blockIdx, gridDim;
 
+template <class T>
+T __ldcg(const T* from) {
+  return *from;
+}
+// Of an 8 x 8 tile of 16-bit elements lane 4 g + q has columns 2 q and 2 q + 1 of row g.
+uint32_t transposed(uint32_t words) {
+  const int lane = cta::current % 32, shift = lane / 4 % 2 * 16;
+  const uint32_t left = __shfl_sync(cta::kAllLanes, words, lane % 4 * 8 + lane / 8);
+  const uint32_t right = __shfl_sync(cta::kAllLanes, words, lane % 4 * 8 + 4 + lane / 8);
+  return (left >> shift & 0xffff) | (right >> shift & 0xffff) << 16;
+}
+// What functions call that nobody calls here.
+size_t __cvta_generic_to_shared(const void*);
+void __syncwarp();
+bool __any_sync(uint32_t, bool);
+
 // To nearest even, with so many bits of the mantissa stored and this least exponent.
 float rounded(float x, int stored_bits, int least_exponent) {
   if (x == 0.f || !std::isfinite(x)) return x;
@@ -70,6 +86,7 @@ float of_fp16(uint32_t bits) {
 }
 
 #include "common/combine.cu"
+#include "sm90/transposed.cuh"
 
 namespace {
 
@@ -91,35 +108,71 @@ void write_all(const std::vector<T>& words) {
   std::fwrite(words.data(), sizeof(T), words.size(), stdout);
 }
 
-// As a pipeline does. `o`: [rows][d_v] of a row block, or what there is of it.
-void store_part(int slot, int num_rows, const float* o, const float* lse2) {
-  const int run_columns = sizes.d_v / mla::kColumnRuns;
-  std::vector<float> factor(static_cast<size_t>(sizes.block_rows) * mla::kColumnRuns, 0.f);
-  for (int row = 0; row < num_rows; ++row) {
-    *mla::partial_lse2(params, sizes.block_rows, slot, row) = lse2[row];
-    for (int run = 0; run < mla::kColumnRuns; ++run) {
-      float sum = 0.f;
-      for (int i = 0; i < run_columns; ++i) sum += std::fabs(o[row * sizes.d_v + run * run_columns + i]);
-      const int exponent = mla::run_exponent(sum);
-      factor[static_cast<size_t>(row * mla::kColumnRuns + run)] = mla::exp2_of(-exponent);
-      *mla::run_lse2(params, sizes.block_rows, slot, row, run) = lse2[row] + static_cast<float>(exponent);
+// Of the partial result to be stored: [num_rows][d_v], and the log-sum-exps.
+struct Part {
+  int slot, num_rows;
+  const float *o, *lse2;
+};
+std::vector<Part> parts;
+
+// As the Hopper pipelines do, whose accumulators are not normalised yet: `scale` is.
+constexpr float kScale = 0.25f;
+float accumulator(const Part& part, int row, int column) {
+  return row < part.num_rows ? part.o[row * sizes.d_v + column] / kScale : std::nanf("");
+}
+template <int DV, int BlockRows>
+struct Tile {
+  static constexpr int d_v = DV, block_rows = BlockRows;
+};
+// A warp for 16 rows and half of the columns.
+template <class C>
+void store_part(const Part& part) {
+  const int lane = threadIdx.x % 32;
+  for (int i = threadIdx.x / 32; i / 2 * mla::kFragmentRows < part.num_rows; i += cta::kWarps) {
+    const int first_row = i / 2 * mla::kFragmentRows + lane / 4, first_column = i % 2 * (C::d_v / 2) + lane % 4 * 2;
+    float o[C::d_v / 4], lse2[2];
+    for (int n = 0; n < C::d_v / 4; ++n)
+      o[n] = accumulator(part, first_row + n / 2 % 2 * 8, first_column + n / 4 * 8 + n % 2);
+    for (int half = 0; half < 2; ++half) {
+      const int row = first_row + half * 8;
+      lse2[half] = row < part.num_rows ? part.lse2[row] : std::nanf("");
+      if (row < part.num_rows) *mla::partial_lse2(params, C::block_rows, part.slot, row) = lse2[half];
     }
+    mla::sm90::store_partial<C>(params, part.slot, i / 2, i % 2, o, {kScale, kScale}, lse2);
   }
-  for (int row_tile = 0; row_tile * mla::kFragmentRows < num_rows; ++row_tile)
-    for (int fragment = 0; fragment < sizes.d_v / mla::kFragmentColumns; ++fragment)
-      for (cta::current = 0; cta::current < 32; ++cta::current) {
-        const int first_row = row_tile * mla::kFragmentRows + cta::current / 4;
-        const int first_column = fragment * mla::kFragmentColumns + cta::current % 4 * 2;
-        float of_lane[8], factors[2] = {};
-        for (int i = 0; i < 8; ++i) {
-          const int row = first_row + i / 2 % 2 * 8, column = first_column + i / 4 * 8 + i % 2;
-          of_lane[i] = row < num_rows ? o[row * sizes.d_v + column] : std::nanf("");
-          if (row < num_rows)
-            factors[i / 2 % 2] = factor[static_cast<size_t>(row * mla::kColumnRuns + column / run_columns)];
-        }
-        *mla::partial_fragment(params, sizes.block_rows, sizes.d_v, slot, row_tile, fragment) =
-            mla::pack_partial(of_lane, factors);
-      }
+}
+// Swapped operands, 16 rows: a warp for 16 of each 64 columns of a half.
+template <int DV>
+void store_transposed(const Part& part) {
+  constexpr int chunks = DV / 128;
+  const int warp = threadIdx.x / 32, quad = threadIdx.x % 32 / 4, pair = threadIdx.x % 4 * 2;
+  float o[chunks][8], scale[4], none[4];
+  for (int i = 0; i < 4; ++i) {
+    const int row = i / 2 * 8 + pair + i % 2;
+    float sum = 0.f;
+    for (int column = 0; column < DV; ++column) sum += std::fabs(accumulator(part, row, column));
+    const int exponent = mla::run_exponent(sum * kScale);
+    scale[i] = kScale * mla::exp2_of(-exponent);
+    for (int chunk = 0; chunk < chunks; ++chunk)
+      for (int upper = 0; upper < 2; ++upper)
+        o[chunk][i / 2 * 4 + upper * 2 + i % 2] =
+            accumulator(part, row, (warp / 4 * chunks + chunk) * 64 + warp % 4 * 16 + quad + upper * 8);
+    if (row >= part.num_rows) continue;
+    *mla::partial_lse2(params, 16, part.slot, row) = part.lse2[row];
+    *mla::run_lse2(params, 16, part.slot, row, warp) = part.lse2[row] + static_cast<float>(exponent);
+  }
+  mla::sm90::RowBlock block{};
+  block.partial_slot = part.slot;
+  block.num_rows = part.num_rows;
+  mla::sm90::store_transposed<mla::bf16>(params, block, warp / 4 * chunks * 4 + warp % 4, o, scale, true, -1, none);
+}
+template <int DV>
+void store() {
+  for (const Part& part : parts) {
+    if (sizes.block_rows == 16) store_transposed<DV>(part);
+    else if (sizes.block_rows == 32) store_part<Tile<DV, 32>>(part);
+    else store_part<Tile<DV, 64>>(part);
+  }
 }
 
 void combine() {
@@ -134,8 +187,8 @@ int main() {
     const auto count = [](int a, int b, int c = 1) {
       return static_cast<size_t>(a) * static_cast<size_t>(b) * static_cast<size_t>(c);
     };
-    const size_t parts = count(sizes.num_items, sizes.num_parts, sizes.rows);
-    std::vector<float> o(parts * static_cast<size_t>(sizes.d_v)), lse2(parts);
+    const size_t rows = count(sizes.num_items, sizes.num_parts, sizes.rows);
+    std::vector<float> o(rows * static_cast<size_t>(sizes.d_v)), lse2(rows);
     if (!read_all(o.data(), o.size()) || !read_all(lse2.data(), lse2.size())) return 1;
     const int group_size = (sizes.rows + sizes.block_rows - 1) / sizes.block_rows;
     const int slots = sizes.num_items * sizes.num_parts * group_size;
@@ -162,6 +215,7 @@ int main() {
     params.o_partial = o_partial.data();
     params.lse2_partial = lse2_partial.data();
     shape = {sizes.block_rows, 64, 1};
+    parts.clear();
     for (int i = 0; i < sizes.num_items; ++i) {
       // The first part is behind the others, as it is in a schedule that is read from its end.
       const int first = i * sizes.num_parts * group_size;
@@ -172,11 +226,12 @@ int main() {
         for (int member = 0; member < group_size; ++member) {
           const int row = member * sizes.block_rows;
           const size_t at = count(i * sizes.num_parts + part, sizes.rows) + static_cast<size_t>(row);
-          store_part((part == 0 ? item.first_slot : item.second_slot + (part - 1) * group_size) + member,
-                     std::min(sizes.rows - row, sizes.block_rows), o.data() + at * static_cast<size_t>(sizes.d_v),
-                     lse2.data() + at);
+          parts.push_back({(part == 0 ? item.first_slot : item.second_slot + (part - 1) * group_size) + member,
+                           std::min(sizes.rows - row, sizes.block_rows), o.data() + at * static_cast<size_t>(sizes.d_v),
+                           lse2.data() + at});
         }
     }
+    cta::run(sizes.d_v == 512 ? store<512> : store<256>, false);
     gridDim.x = static_cast<unsigned>(sizes.grid);
     for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) cta::run(combine, sizes.backward != 0);
     write_all(out);

@@ -1,7 +1,7 @@
 """Merging partial results on the CPU: what combine.cu and partials.cuh make of them, bit for bit.
 
 They run in a stand-in for a CTA (combine_on_cpu.cpp) with C++ in the place of their few PTX
-instructions.
+instructions, and so does what stores partial results in the Hopper pipelines.
 """
 
 from __future__ import annotations
@@ -31,6 +31,11 @@ STAND_INS = {
     },
     "math.cuh": {
         'asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));': "y = std::exp2(x);",
+    },
+    "partials.cuh": {
+        'asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(words[i]) : "r"(words[i]));': (
+            "words[i] = transposed(words[i]);"
+        ),
     },
 }
 NEG_INF = -torch.inf

@@ -17,6 +17,7 @@
 
 #include "../common/dependent.cuh"
 #include "../common/entry.cuh"
+#include "transposed.cuh"
 #include "walk.cuh"
 
 namespace mla::sm90 {
@@ -397,11 +398,6 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
                             {sum[n * 2], size[n * 2], sum[n * 2 + 1], size[n * 2 + 1]});
       if (merges && threadIdx.x == 0) wait_for_partial(p, rows, C::d_v, other_slot);
       named_barrier_sync(kResult, kConsumerThreads);  // with itself
-      static_assert(kChunkColumns / kFragmentColumns == kWarpgroupWarps);
-      const int first_fragment = warpgroup * L::half_chunks * kWarpgroupWarps + warp;  // one in each chunk
-      auto fragment_of = [&](int slot, int chunk) {
-        return partial_fragment(p, rows, C::d_v, slot, 0, first_fragment) + chunk * kWarpgroupWarps * 32;
-      };
       float scale[columns * 2], other[columns * 2] = {};
 #pragma unroll
       for (int n = 0; n < columns; ++n) {
@@ -436,38 +432,9 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
             store_lse<C>(p, block, row, lse2, leaves);
         }
       }
-      uint4 others[L::half_chunks];
-      if (merges)
-#pragma unroll
-        for (int chunk = 0; chunk < L::half_chunks; ++chunk) others[chunk] = __ldcg(fragment_of(other_slot, chunk));
-#pragma unroll
-      for (int chunk = 0; chunk < L::half_chunks; ++chunk) {
-        float x[8] = {};
-        if (merges) {
-          uint32_t words[4] = {others[chunk].x, others[chunk].y, others[chunk].z, others[chunk].w};
-          transpose_tiles(words);
-          unpack_partial({words[0], words[1], words[2], words[3]}, x);
-        }
-        uint32_t words[4];  // of the tile of columns i / 2 and rows i % 2, in groups of 8
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          float y[2];
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const int row = i % 2 * 2 + j;
-            y[j] = o[chunk][i % 2 * 4 + i / 2 * 2 + j] * scale[row];
-            if (merges) y[j] += other[row] * x[i * 2 + j];
-          }
-          words[i] = leaves ? pack2<fp16>(y[0], y[1]) : pack2<T>(y[0], y[1]);
-        }
-        transpose_tiles(words);
-        if (leaves) {
-          *fragment_of(block.partial_slot, chunk) = {words[0], words[1], words[2], words[3]};
-        } else {
-          store_rows(p, block.request, block.first_token, block.first_row, block.num_rows,
-                     (first_fragment + chunk * kWarpgroupWarps) * kFragmentColumns, words);
-        }
-      }
+      static_assert(kChunkFragments == kWarpgroupWarps);
+      store_transposed<T>(p, block, warpgroup * L::half_chunks * kChunkFragments + warp, o, scale, leaves,
+                          merges ? other_slot : -1, other);
       if (warp_uniform(block.pairs) & kLeavesLast) {
         named_barrier_sync(kResult, kConsumerThreads);  // with itself: all of it is stored
         if (threadIdx.x == 0) announce_partial(p, rows, C::d_v, block.partial_slot);
