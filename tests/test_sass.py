@@ -25,6 +25,7 @@ IMAGES = [
     *(f"{kernel}_{since}" for kernel in COMMON for since in SINCE),
     "append",
     "merge",
+    "stream",
     *(v["name"] for v in GPU_VARIANTS),
 ]
 each_image = pytest.mark.parametrize("image", IMAGES)
@@ -141,6 +142,8 @@ def entry_points(image: str) -> set[str]:
     if image == "merge":
         types = ("bf16", "fp16", "fp32")
         return {f"mla_merge_{t}{end}" for t in types for end in ("", "_unaligned")}
+    if image == "stream":
+        return {"mla_stream"}
     return {f"mla_{image}_{t}" for t in ("bf16", "fp16")}
 
 
@@ -185,6 +188,7 @@ def test_nothing_is_kept_in_local_memory(image: str) -> None:
 def test_registers_leave_room_for_a_block(image: str) -> None:
     warps = {v["name"]: v["warps"] for v in GPU_VARIANTS}
     warps |= {f"{kernel}_{since}": 16 for kernel in ("plan", "plan_parts") for since in SINCE}
+    warps["stream"] = 16
     for function in functions(image):
         assert 0 < function.registers <= MAX_REGISTERS, function
         allocated = -(-function.registers // 8) * 8  # granted in eights
@@ -195,7 +199,7 @@ def test_registers_leave_room_for_a_block(image: str) -> None:
 def test_parameters_are_what_the_host_passes(image: str) -> None:
     params, lengths, shape, pointer, limits = _mla.PARAMS_BYTES, 40, 12, 8, 12
     planner, combine = [lengths, shape, 4, pointer], [params, shape]
-    wanted = {"append": [216], "merge": [240]}
+    wanted = {"append": [216], "merge": [240], "stream": [pointer, 8, pointer]}
     for since in SINCE:
         wanted |= {f"plan_{since}": planner, f"plan_parts_{since}": [*planner, limits]}
         wanted |= {f"combine_{since}": combine}

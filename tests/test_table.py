@@ -142,6 +142,7 @@ def test_images_are_of_the_table() -> None:
         ),
         "append",
         "merge",
+        "stream",
         *(v.name for v in GPU_VARIANTS),
     }
     assert set(_mla.images()) == names

@@ -106,6 +106,7 @@ def test_images_are_those_of_the_table() -> None:
         "combine_sm90",
         "append",
         "merge",
+        "stream",
         *rows,
     ]
     for name, size in _mla.images().items():

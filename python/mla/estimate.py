@@ -126,7 +126,7 @@ def model_of(variant: Variant, kind: Kind, found: Costs) -> Model:
         item_us=found.item_us,
         split_us=found.split_us,
         part_us=found.part_us,
-        merge_us=(kind.d_v + 1) * 4 / (found.merge_gbs * 1e3),
+        merge_us=(2 * kind.d_v + 36) / (found.merge_gbs * 1e3),  # partials.cuh
         read_us=kind.d_qk * size * slower / (found.bandwidth_gbs * 1e3),
         query_us=columns * size / (found.bandwidth_gbs * 1e3),
         tile_row_us=tile_row_us,

@@ -46,7 +46,8 @@ def test_matches_the_reference(
     wrapper = wrapper_on(device, **options)
     plan(wrapper, inputs, form)
     check_base_2(inputs, run(wrapper, inputs, form))
-    assert len(launches) == (1 if any(case.seq_lens) else 0)
+    # Without KV there is nothing to launch, but a graph may be replayed when there is.
+    assert len(launches) == (1 if any(case.seq_lens) or graph else 0)
 
 
 MOST = (4000, 300, 2000, 64, 1)
