@@ -70,7 +70,8 @@ def test_equal_lengths(b: int, h_q: int, s_q: int, length: int, tile: tuple[int,
         assert found.further_items == most_pieces - 1
     else:
         # Of the mean worker; the busiest one may have an item's overhead less, and more tiles.
-        mean, overhead = found.longest / block_n, -(-64 // block_n)
+        mean = found.longest / block_n
+        overhead = -(-_mla.ITEM_OVERHEAD_TOKENS // block_n)
         assert mean - 1 <= most_tiles <= mean + overhead * found.further_items + 1
         assert found.further_items - 1 <= most_pieces - 1 <= found.further_items + 2
     bundles = -(-schedule.row_blocks(0) // schedule.group_size)
