@@ -151,7 +151,7 @@ def essence(launches: list[Launch], result: Any) -> list[Launch]:
     """With addresses that differ from run to run as distances: of outputs, schedule, partials."""
     out, lse = result if isinstance(result, tuple) else (result, None)
     *_, decode = launches
-    base = decode.params["o_partial"]
+    base = decode.params["o_partial"] or decode.params["plan"]  # the former if any are possible
     made = {"out": out.data_ptr(), "lse": lse.data_ptr() if lse is not None else 0}
     planned = len(launches) > 1  # in the workspace
     found = []

