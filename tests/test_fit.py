@@ -106,7 +106,7 @@ def test_regret_is_what_the_choice_costs() -> None:
     assert regret.geometric_mean(found) == 1.0
     wrong = begin | {"sm80.ampere_99k": begin["sm80.ampere_99k"]._replace(start_us=0.01)}
     found = regret.regrets(samples, H200, wrong)
-    assert 1.05 < regret.geometric_mean(found) < max(found).ratio
+    assert 1.04 < regret.geometric_mean(found) < max(found).ratio
     for one in found:
         by_name = {s.variant.name: s.us for s in samples if s.case_id == one.case_id}
         assert one.ratio == pytest.approx(by_name[one.chosen] / by_name[one.best])
