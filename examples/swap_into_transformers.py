@@ -35,18 +35,20 @@ class PagedAttention(nn.Module):
         self,
         hidden_states: Tensor,
         position_ids: Tensor | None = None,
+        cache: Any = None,
         past_key_values: Any = None,
         attention_mask: Tensor | None = None,
         **_: Any,
     ) -> tuple[Tensor, None]:
         """attention_mask is not looked at: each token sees all before it."""
         b, s, _ = hidden_states.shape
-        past = 0 if past_key_values is None else past_key_values.get_seq_length(self.layer_idx)
+        cache = past_key_values if cache is None else cache  # its name before transformers 5.24
+        past = 0 if cache is None else cache.get_seq_length(self.layer_idx)
         if past == 0:
             self._allocate(b, hidden_states)
-        if past_key_values is not None:  # one column, for it to count
+        if cache is not None:  # one column, for it to count
             counted = hidden_states.new_zeros(b, 1, s, 1)
-            past_key_values.update(counted, counted, self.layer_idx)
+            cache.update(counted, counted, self.layer_idx)
         device = hidden_states.device
         positions = torch.arange(past, past + s, dtype=torch.int32, device=device).expand(b, s)
         seq_lens = torch.full((b,), past + s, dtype=torch.int32, device=device)

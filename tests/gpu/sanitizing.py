@@ -31,23 +31,28 @@ TOOLS = {
 Report = tuple[int, str, float]  # exit status, all output, seconds
 
 
-def find_tool(name: str, package: str) -> str | None:
-    """Of the package from PyPI if it is installed, else of a CUDA toolkit."""
+def of_package(name: str, package: str) -> str | None:
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
         files = []
-    for file in files:
-        if (file.parent.name, file.name) == ("bin", name):
-            return str(file.locate())
+    found = (file for file in files if (file.parent.name, file.name) == ("bin", name))
+    return next((str(file.locate()) for file in found), None)
+
+
+def of_toolkit(name: str) -> str | None:
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return shutil.which(name) or shutil.which(
         name, path=f"{home}/bin{os.pathsep}{home}/compute-sanitizer"
     )
 
 
-def needed(name: str, package: str) -> str:
-    path = find_tool(name, package)
+def needed(name: str, package: str, *, toolkit_first: bool = False) -> str:
+    """Of the package from PyPI if it is installed, else of a CUDA toolkit; or the other way."""
+    if toolkit_first:
+        path = of_toolkit(name) or of_package(name, package)
+    else:
+        path = of_package(name, package) or of_toolkit(name)
     if path is None:
         pytest.skip(f"needs {name}: not on PATH, in CUDA_HOME or installed by {package}")
     return path
