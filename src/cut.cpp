@@ -20,8 +20,8 @@ EqualCut cut_equal(int64_t num_requests, int64_t rows, int64_t length, int32_t b
   const int32_t size = schedule::best_group_size(units_by_size, most_blocks, num_workers);
   const int64_t units = units_by_size[size - 1], items = units / span;
   const int32_t item_units = static_cast<int32_t>(span);
-  const auto cuts = schedule::make_cuts(schedule::Items<int64_t>{items, units, item_units, item_units}, shape, size,
-                                        num_workers);
+  const auto cuts =
+      schedule::make_cuts(schedule::Items<int64_t>{items, units, item_units, item_units}, shape, size, num_workers);
 
   EqualCut cut{};
   cut.group_size = size;
