@@ -1,6 +1,6 @@
 // Reads memory once, with several 16-byte loads of each thread under way, and does nothing else that takes time: what `mla bench` holds
-// decode against. On an H200 no way to read KV was more than 4 % faster: 1,048,576 tokens took 266 us by bulk copies into shared memory, and 269 (a loose
-// program) to 278 (`mla bench`) this way.
+// decode against. On an H200 no way to read KV was more than 4 % faster: 1,048,576 tokens took 266 us by bulk copies into shared memory,
+// and 269 (a loose program) to 278 (`mla bench`) this way.
 #include <cstdint>
 
 namespace mla {
