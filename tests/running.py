@@ -11,6 +11,17 @@ from cases import DTYPES, Inputs, gaps_hold, poisoned
 from torch import Tensor
 
 NAN = float("nan")
+# KV tokens of five requests whose graph is captured and replayed with other lengths: what the cache
+# holds, and what the replays have, the shortest first.
+MOST = (4000, 300, 2000, 64, 1)
+STEPS = (
+    (1, 1, 1, 1, 1),
+    MOST,
+    (63, 65, 64, 0, 0),
+    (0, 0, 0, 0, 0),
+    (100, 0, 1999, 3, 1),
+    (3999, 299, 0, 64, 0),
+)
 GPU_ROWS = [row for row in mla.variants() if not row.on_host]
 # The first of each pipeline and kind of GPU, for what the shape of the tile does not matter to.
 one_of_each = pytest.mark.parametrize(

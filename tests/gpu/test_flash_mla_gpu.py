@@ -8,7 +8,7 @@ import pytest
 import torch
 from flash_mla_calls import FORMS, Call, check_call, make, metadata, run
 from mla.compat import flash_mla
-from running import NAN
+from running import MOST, NAN, STEPS
 from torch import Tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:Synchronization debug mode")
@@ -51,17 +51,6 @@ def test_does_not_wait(form: str, device: torch.device) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     check_call(tensors, result)
-
-
-MOST = (4000, 300, 2000, 64, 1)
-STEPS = (
-    (1, 1, 1, 1, 1),
-    MOST,
-    (63, 65, 64, 0, 0),
-    (0, 0, 0, 0, 0),
-    (100, 0, 1999, 3, 1),
-    (3999, 299, 0, 64, 0),
-)
 
 
 @pytest.mark.parametrize("made", ["inside", "outside", "outside and used before"])

@@ -17,7 +17,7 @@ from flashinfer_calls import (
     wrapper_on,
 )
 from mla.compat.flashinfer import MLAPlanMetadata
-from running import NAN
+from running import MOST, NAN, STEPS
 
 pytestmark = pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 
@@ -50,15 +50,6 @@ def test_matches_the_reference(
     assert len(launches) == (1 if any(case.seq_lens) or graph else 0)
 
 
-MOST = (4000, 300, 2000, 64, 1)
-STEPS = (
-    (1, 1, 1, 1, 1),
-    MOST,
-    (63, 65, 64, 0, 0),
-    (0, 0, 0, 0, 0),
-    (100, 0, 1999, 3, 1),
-    (3999, 299, 0, 64, 0),
-)
 QUERIES = (
     (2, 2, 2, 2, 2),
     (10, 0, 0, 0, 0),

@@ -15,18 +15,9 @@ import torch
 from cases import Case, Inputs, make_problem
 from compare import check, reference
 from mla.variants import Variant
-from running import NAN, assert_same_bits, clone, one_of_each, plan_for, run
+from running import MOST, NAN, STEPS, assert_same_bits, clone, one_of_each, plan_for, run
 from torch import Tensor
 
-MOST = (4000, 300, 2000, 64, 1)  # KV tokens that the cache holds
-STEPS = (
-    (1, 1, 1, 1, 1),
-    (4000, 300, 2000, 64, 1),
-    (63, 65, 64, 0, 0),
-    (0, 0, 0, 0, 0),
-    (100, 0, 1999, 3, 1),
-    (3999, 299, 0, 64, 0),
-)
 TESTS = Path(__file__).parent.parent
 
 Result = tuple[Tensor, Tensor | None]
