@@ -76,6 +76,7 @@ std::vector<size_t> parameter_sizes(const std::string& kernel) {
   if (kernel.rfind("mla_combine", 0) == 0) return {sizeof(DecodeParams), sizeof(schedule::Shape)};
   if (kernel.rfind("mla_append", 0) == 0) return {sizeof(AppendParams)};
   if (kernel.rfind("mla_merge", 0) == 0) return {sizeof(MergeParams)};
+  if (kernel == "mla_stream") return {sizeof(void*), sizeof(int64_t), sizeof(void*)};
   return {sizeof(DecodeParams)};
 }
 
