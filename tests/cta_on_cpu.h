@@ -63,16 +63,6 @@ T shuffle(uint32_t mask, T value, int from) {
   return value;
 }
 
-uint32_t ballot(uint32_t mask, bool predicate) {
-  if (mask != kAllLanes) std::abort();
-  exchanged[current] = predicate;
-  wait(warps[current / 32]);
-  uint32_t bits = 0;
-  for (int lane = 0; lane < 32; ++lane) bits |= static_cast<uint32_t>(exchanged[current / 32 * 32 + lane]) << lane;
-  wait(warps[current / 32]);
-  return bits;
-}
-
 void run_fiber() {
   kernel();
   fibers[current].done = advanced = true;
@@ -139,4 +129,8 @@ template <class T>
 T __shfl_xor_sync(uint32_t mask, T value, int bits) {
   return cta::shuffle(mask, value, cta::current ^ bits);
 }
-inline uint32_t __ballot_sync(uint32_t mask, bool predicate) { return cta::ballot(mask, predicate); }
+inline uint32_t __ballot_sync(uint32_t mask, bool value) {
+  uint32_t bits = uint32_t{value} << cta::current % 32;
+  for (int step = 16; step > 0; step /= 2) bits |= __shfl_xor_sync(mask, bits, step);
+  return bits;
+}

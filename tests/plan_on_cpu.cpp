@@ -32,9 +32,6 @@ int __reduce_min_sync(uint32_t mask, int value) {
 int __reduce_max_sync(uint32_t mask, int value) {
   return reduce(mask, value, [](int a, int b) { return std::max(a, b); });
 }
-uint32_t __ballot_sync(uint32_t mask, bool value) {
-  return reduce(mask, uint32_t{value} << cta::current % 32, [](uint32_t a, uint32_t b) { return a | b; });
-}
 template <class T>
 T atomicMax(T* at, T value) {
   const T before = *at;
