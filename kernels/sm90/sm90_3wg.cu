@@ -34,7 +34,8 @@ enum Barrier : int {
   kOthersDone = 3,  // + warpgroup: all its warps have multiplied the other's P. Its own threads
   kSumsReady = 5,   // both left their row sums
   kPartialThere = 6,  // both stored their columns of a partial result
-  kBegun = 7,         // the mbarriers are there. All threads
+  kBegun = 7,         // the mbarriers are there. The producer waits, the others arrive
+  kInputs = 8,        // so is what the kernel before wrote. The producer arrives, the others wait
 };
 
 template <class C>
@@ -107,7 +108,8 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
     PieceWalk<C> walk(p);
     Slot slot{};
     if (warp < kCopyWarps) slot = has_boxes(p) ? walk.box_slot_at(0) : walk.row_slot_at(0, warp * 32 + lane);
-    named_barrier_sync(kBegun, C::threads);
+    named_barrier_arrive(kInputs, C::threads);  // pairs with the consumers' wait
+    named_barrier_sync(kBegun, C::threads);     // pairs with the consumers' arrival
     let_next_kernel_start();
     lower_registers<kProducerRegisters>();
 
@@ -259,7 +261,8 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
       mbarrier_init(other_there, 1);
       fence_mbarrier_init();
     }
-    named_barrier_sync(kBegun, C::threads);
+    named_barrier_arrive(kBegun, C::threads);  // pairs with the producer's wait
+    named_barrier_sync(kInputs, C::threads);   // pairs with the producer's arrival
     let_next_kernel_start();
     raise_registers<kConsumerRegisters>();
     const int quad = lane / 4, pair = lane % 4 * 2, row = warp * 16 + quad;  // rows `row` and `row` + 8

@@ -32,7 +32,8 @@ enum Barrier : int {
   kMaxReady = 1,  // the maxima of both tiles are there; nobody reads the P before. Both warpgroups
   kPReady = 2,    // P of both tiles is there. Both warpgroups
   kResult = 3,    // sums, and the partial result of another group, are there; or all of one is stored. Both warpgroups
-  kBegun = 4,     // the mbarriers are there. All threads
+  kBegun = 4,     // the mbarriers are there. The producer waits, the others arrive
+  kInputs = 5,    // so is what the kernel before wrote. The producer arrives, the others wait
 };
 
 template <class C>
@@ -97,7 +98,8 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
     PieceWalk<C> walk(p);
     Slot slot{};
     if (warp < kCopyWarps) slot = has_boxes(p) ? walk.box_slot_at(0) : walk.row_slot_at(0, warp * 32 + lane);
-    named_barrier_sync(kBegun, C::threads);
+    named_barrier_arrive(kInputs, C::threads);  // pairs with the consumers' wait
+    named_barrier_sync(kBegun, C::threads);     // pairs with the consumers' arrival
     let_next_kernel_start();
 
     // Where a tile would begin whose chunk `chunk` is here.
@@ -199,10 +201,11 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
       }
       mbarrier_init(landed, 1);
       mbarrier_init(q_full, kQWarps);
-      mbarrier_init(q_free, kConsumers * kWarpgroupWarps);
+      mbarrier_init(q_free, kConsumerThreads);
       fence_mbarrier_init();
     }
-    named_barrier_sync(kBegun, C::threads);
+    named_barrier_arrive(kBegun, C::threads);  // pairs with the producer's wait
+    named_barrier_sync(kInputs, C::threads);   // pairs with the producer's arrival
     let_next_kernel_start();
     const int quad = lane / 4,
               pair = lane % 4 * 2;  // accumulators: tokens, or columns, quad and quad + 8; query rows pair, pair + 1
@@ -260,7 +263,6 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
       {
         RowBlock block;
         load_shared_struct(block, block_at(parity));
-        __syncwarp();  // all lanes have read it: one of them will say so, to q_free
         num_tiles = warp_uniform(block.num_tiles);
         unmasked_tiles = warp_uniform(block.unmasked_tiles);
 #pragma unroll
@@ -292,7 +294,8 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
             for (int i = 0; i < rows / 2; ++i)
               if (i / 2 % 2 * 8 >= visible[i / 4 * 2 + i % 2] - tile * kTileTokens) s[i] = kNegInf;
         }
-        if (first + 2 >= num_tiles) arrive(q_free);  // pairs with copy_q_of_pieces
+        if (first + 2 >= num_tiles)
+          mbarrier_arrive(q_free);  // who has read the description itself; pairs with copy_q_of_pieces
 #pragma unroll
         for (int i = 0; i < columns * 2; ++i) {
           float x = has_tile ? fmaxf(s[i / 2 * 4 + i % 2], s[i / 2 * 4 + 2 + i % 2]) : kNegInf;
