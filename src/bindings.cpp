@@ -163,9 +163,12 @@ NB_MODULE(_mla, m) {
   bind_calls(m);
 
   m.attr("ITEM_OVERHEAD_TOKENS") = schedule::kItemOverheadTokens;
+  m.attr("SHORT_TOKENS") = schedule::kShortTokens;
+  m.attr("MEDIUM_TOKENS") = schedule::kMediumTokens;
+  m.attr("LOW_ROWS") = schedule::kLowRows;
+  m.attr("MIN_GROUP_TOKENS_OF_SHORT") = schedule::kMinGroupTokensOfShort;
   m.attr("MIN_GROUP_TOKENS") = schedule::kMinGroupTokens;
-  m.attr("MIN_GROUP_TOKENS_OF_MANY") = schedule::kMinGroupTokensOfMany;
-  m.attr("FEW_TOKENS") = schedule::kFewTokens;
+  m.attr("MIN_GROUP_TOKENS_OF_LONG") = schedule::kMinGroupTokensOfLong;
   m.attr("MAX_GROUP_SIZE") = schedule::kMaxGroupSize;
   m.attr("ALIGNMENT_SHARE") = schedule::kAlignmentShare;
   m.attr("MIN_BOX_ROWS") = kMinBoxRows;
