@@ -13,18 +13,14 @@
 // Nothing of this waits for the other warpgroup. At the end of a piece they exchange half of their O^T, scaled by the max of both. Schedule,
 // budgets, barriers: sm90_swap.md.
 
-#include <cstddef>
-
 #include "../common/dependent.cuh"
 #include "../common/entry.cuh"
+#include "sm90_swap_memory.cuh"
 #include "transposed.cuh"
-#include "walk.cuh"
 
 namespace mla::sm90 {
 
-constexpr int kWarpgroupThreads = 128, kWarpgroupWarps = 4, kConsumers = 2;
 constexpr int kConsumerThreads = kConsumers * kWarpgroupThreads;
-constexpr int kCopyWarps = 2;    // of the producer, that load KV; the others copy Q
 constexpr int kCopiesAhead = 6;  // chunks by cp.async that are in flight
 
 // Named barriers; 0 is __syncthreads.
@@ -38,44 +34,6 @@ enum Barrier : int {
   kInputs = 7,  // so is what the kernel before wrote. The producer arrives, the others wait
 };
 
-// What the warpgroups tell each other of a piece, beside half of O.
-template <class C>
-struct alignas(16) Exchanged {
-  // Of a row: of P, for a warp's tokens, and of the absolute values of O, for its columns.
-  float row_sums[kConsumers * kWarpgroupWarps][C::block_rows][2];
-  float row_max[kConsumers][C::block_rows];  // that they are relative to
-  int last_slot[kConsumers];                 // of the ring: of the last tile, in whose first chunks the half of O is
-};
-
-template <class C>
-struct Smem {
-  uint8_t q[TileLayout<C>::q_bytes];
-  uint8_t ring[C::stages][kChunkBytes];
-  uint8_t p[kConsumers][C::block_rows * kRowBytes];             // [rows][tokens], of each warpgroup's tile
-  RowBlock block[2];                                            // by parity of the piece; no tiles: there is no more
-  float tile_max[kConsumers * kWarpgroupWarps][C::block_rows];  // of the 16 tokens of a warp
-  Exchanged<C> exchanged[2];                                    // by parity of the piece
-  uint64_t full[C::stages];                                     // the chunk is there
-  uint64_t free[C::stages];                                     // nobody reads it any more
-  uint64_t landed;  // the last tile of a request is there, but for its zeros
-  uint64_t q_full, q_free;
-};
-
-// A chunk's place in the ring, and the parity of the round.
-template <class C>
-struct RingPlace {
-  int slot = 0, parity = 0;
-  __device__ __forceinline__ void advance(int chunks) {
-    slot += chunks;
-    if (slot >= C::stages) slot -= C::stages, parity ^= 1;
-  }
-  __device__ __forceinline__ RingPlace after(int chunks) const {
-    RingPlace next = *this;
-    next.advance(chunks);
-    return next;
-  }
-};
-
 template <class C, int SmemBytes>
 __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
   using T = typename C::Element;
@@ -86,29 +44,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
   static_assert(sizeof(Smem<C>) + alignment == SmemBytes,
                 "the smem column of variants.inc must be sizeof(Smem) + what aligning it may take");
   extern __shared__ __align__(1024) unsigned char smem_bytes[];
-  const uint32_t smem = (shared_address(smem_bytes) + alignment - 1) / alignment * alignment;
-  auto at = [&](size_t offset) { return smem + static_cast<uint32_t>(offset); };
-  auto chunk_at = [&](int slot) { return at(offsetof(Smem<C>, ring)) + slot * kChunkBytes; };
-  auto block_at = [&](int parity) {
-    return at(offsetof(Smem<C>, block)) + parity * static_cast<uint32_t>(sizeof(RowBlock));
-  };
-  auto tile_max_at = [&](int warp, int row) { return at(offsetof(Smem<C>, tile_max)) + (warp * rows + row) * 4; };
-  auto exchanged_at = [&](int parity, size_t offset) {
-    return at(offsetof(Smem<C>, exchanged) + offset) + parity * static_cast<uint32_t>(sizeof(Exchanged<C>));
-  };
-  auto row_sums_at = [&](int parity, int warp, int row) {
-    return exchanged_at(parity, offsetof(Exchanged<C>, row_sums)) + (warp * rows + row) * 8;
-  };
-  auto row_max_at = [&](int parity, int warpgroup, int row) {
-    return exchanged_at(parity, offsetof(Exchanged<C>, row_max)) + (warpgroup * rows + row) * 4;
-  };
-  auto last_slot_at = [&](int parity, int warpgroup) {
-    return exchanged_at(parity, offsetof(Exchanged<C>, last_slot)) + warpgroup * 4;
-  };
-  auto full_at = [&](int slot) { return at(offsetof(Smem<C>, full)) + slot * kMbarrierBytes; };
-  auto free_at = [&](int slot) { return at(offsetof(Smem<C>, free)) + slot * kMbarrierBytes; };
-  const uint32_t landed = at(offsetof(Smem<C>, landed)), q_full = at(offsetof(Smem<C>, q_full)),
-                 q_free = at(offsetof(Smem<C>, q_free));
+  const Memory<C> at{(shared_address(smem_bytes) + alignment - 1) / alignment * alignment};
 
   const int warpgroup = warp_uniform(threadIdx.x / kWarpgroupThreads);
   const int warp = warp_uniform(threadIdx.x % kWarpgroupThreads / 32), lane = threadIdx.x % 32;
@@ -124,7 +60,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
     let_next_kernel_start();
 
     // Where a tile would begin whose chunk `chunk` is here.
-    auto tile_at = [&](RingPlace<C> place, int chunk) { return chunk_at(place.slot) - chunk * kChunkBytes; };
+    auto tile_at = [&](RingPlace<C> place, int chunk) { return at.chunk(place.slot) - chunk * kChunkBytes; };
 
     auto load_boxes_of_pieces = [&] {
       RingPlace<C> place;
@@ -139,33 +75,33 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
           if (tokens == kTileTokens) {
 #pragma unroll 1
             for (int chunk = 0; chunk < L::k_chunks; ++chunk, place.advance(1)) {
-              mbarrier_wait(free_at(place.slot), place.parity ^ 1);  // pairs with release(), a round before
+              mbarrier_wait(at.free(place.slot), place.parity ^ 1);  // pairs with release(), a round before
               if (elect_lane()) {
-                mbarrier_arrive_expect(full_at(place.slot), kChunkBytes);
-                load_chunk<C>(p, tile_at(place, chunk), chunk, boxes, kTileTokens, full_at(place.slot));
+                mbarrier_arrive_expect(at.full(place.slot), kChunkBytes);
+                load_chunk<C>(p, tile_at(place, chunk), chunk, boxes, kTileTokens, at.full(place.slot));
               }
             }
           } else {  // the end of the request: the values behind it become zeros before anybody sees the tile
             RingPlace<C> of = place;
             for (int chunk = 0; chunk < L::k_chunks; ++chunk, of.advance(1))
-              mbarrier_wait(free_at(of.slot), of.parity ^ 1);
+              mbarrier_wait(at.free(of.slot), of.parity ^ 1);
             of = place;
             if (tokens > 0) {
               if (elect_lane()) {
-                mbarrier_arrive_expect(landed, L::k_chunks * box_bytes(p, tokens));
+                mbarrier_arrive_expect(at.landed(), L::k_chunks * box_bytes(p, tokens));
 #pragma unroll 1
                 for (int chunk = 0; chunk < L::k_chunks; ++chunk, of.advance(1))
-                  load_chunk<C>(p, tile_at(of, chunk), chunk, boxes, tokens, landed);
+                  load_chunk<C>(p, tile_at(of, chunk), chunk, boxes, tokens, at.landed());
               }
-              mbarrier_wait(landed, landed_parity);
+              mbarrier_wait(at.landed(), landed_parity);
               landed_parity ^= 1;
             }
             of = place;
             for (int chunk = 0; chunk < L::k_chunks; ++chunk, of.advance(1))
-              if (chunk < L::v_chunks) zero_rows(chunk_at(of.slot), 1, tokens, lane, 32);
+              if (chunk < L::v_chunks) zero_rows(at.chunk(of.slot), 1, tokens, lane, 32);
             fence_proxy_async();
             __syncwarp();  // all lanes have fenced their zeros
-            if (lane < L::k_chunks) mbarrier_arrive(full_at(place.after(lane).slot));
+            if (lane < L::k_chunks) mbarrier_arrive(at.full(place.after(lane).slot));
             place.advance(L::k_chunks);
           }
         }
@@ -180,7 +116,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
       auto announce = [&] {
         fence_proxy_async();
         __syncwarp();  // all lanes have fenced their copies
-        if (lane == 0) mbarrier_arrive(full_at(announced.slot));
+        if (lane == 0) mbarrier_arrive(at.full(announced.slot));
         announced.advance(1);
         --ahead;
       };
@@ -190,13 +126,13 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
           const RowUnits latent = row_units(row.latent, row.exists);
           if (tile + 1 < walk.block.num_tiles) slot = walk.row_slot_at(tile + 1, warp * 32 + lane);
           for (int chunk = 0; chunk < L::k_chunks; ++chunk, place.advance(1)) {
-            if (!__all_sync(0xffffffffu, mbarrier_test(free_at(place.slot), place.parity ^ 1))) {
+            if (!__all_sync(0xffffffffu, mbarrier_test(at.free(place.slot), place.parity ^ 1))) {
               cp_async_wait<0>();  // who frees this chunk may first need what is in flight
               while (ahead > 0) announce();
-              mbarrier_wait(free_at(place.slot), place.parity ^ 1);  // pairs with release(), a round before
+              mbarrier_wait(at.free(place.slot), place.parity ^ 1);  // pairs with release(), a round before
             }
-            if (chunk < L::v_chunks) copy_rows(chunk_at(place.slot), warp * 32, latent, chunk * kChunkColumns);
-            else copy_rows(chunk_at(place.slot), warp * 32, row_units(row.rope, row.exists), 0, L::rope);
+            if (chunk < L::v_chunks) copy_rows(at.chunk(place.slot), warp * 32, latent, chunk * kChunkColumns);
+            else copy_rows(at.chunk(place.slot), warp * 32, row_units(row.rope, row.exists), 0, L::rope);
             cp_async_commit();
             if (++ahead > kCopiesAhead) {
               cp_async_wait<kCopiesAhead>();
@@ -211,27 +147,18 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
       while (ahead > 0) announce();
     };
 
-    if (warp >= kCopyWarps) copy_q_of_pieces<C>(p, walk, smem, block_at(0), q_full, q_free);
+    if (warp >= kCopyWarps) copy_q_of_pieces<C>(p, walk, at.q(), at.block(0), at.q_full(), at.q_free());
     else if (!has_boxes(p)) copy_rows_of_pieces();
     else if (warp == 0) load_boxes_of_pieces();
   } else {
-    if (threadIdx.x == 0) {
-      for (int slot = 0; slot < C::stages; ++slot) {
-        mbarrier_init(full_at(slot), has_boxes(p) ? 1 : kCopyWarps);
-        mbarrier_init(free_at(slot), kWarpgroupWarps);
-      }
-      mbarrier_init(landed, 1);
-      mbarrier_init(q_full, kQWarps);
-      mbarrier_init(q_free, kConsumerThreads);
-      fence_mbarrier_init();
-    }
+    if (threadIdx.x == 0) at.init_mbarriers(has_boxes(p));
     named_barrier_arrive(kBegun, C::threads);  // pairs with the producer's wait
     named_barrier_sync(kInputs, C::threads);   // pairs with the producer's arrival
     let_next_kernel_start();
     const int quad = lane / 4,
               pair = lane % 4 * 2;  // accumulators: tokens, or columns, quad and quad + 8; query rows pair, pair + 1
-    const uint64_t q_operand = k_major(smem), k_operand = k_major(chunk_at(0)), v_operand = mn_major(chunk_at(0));
-    const uint64_t p_operand = k_major(at(offsetof(Smem<C>, p)));
+    const uint64_t q_operand = k_major(at.q()), k_operand = k_major(at.chunk(0)), v_operand = mn_major(at.chunk(0));
+    const uint64_t p_operand = k_major(at.p());
     constexpr uint64_t q_chunk_step = descriptor_step(L::q_chunk_bytes), p_step = descriptor_step(rows * kRowBytes);
     auto in_slot = [](uint64_t operand, int slot) {
       return pinned(operand + static_cast<uint64_t>(slot) * kChunkStep);
@@ -249,9 +176,6 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
     };
     constexpr Index<1> own_half{};
     constexpr Index<2> both_halves{};
-    auto slot_behind = [](int slot, int chunks) {
-      return slot + chunks >= C::stages ? slot + chunks - C::stages : slot + chunks;
-    };
     int first_own = warpgroup;  // of the piece's tiles; the warpgroups take the ring's in turn
     RingPlace<C> place = RingPlace<C>{}.after(warpgroup * L::k_chunks);  // of the first chunk of the next one
 
@@ -263,7 +187,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
       unrolled<L::k_chunks>([&](auto i) {
         constexpr int chunk = i.value;
         const RingPlace<C> from = tile.after(chunk);
-        mbarrier_wait(full_at(from.slot), from.parity);  // pairs with the producer's loads and arrivals
+        mbarrier_wait(at.full(from.slot), from.parity);  // pairs with the producer's loads and arrivals
         wgmma_fence();
         const uint64_t a = in_slot(k_operand, from.slot), b = pinned(q_operand + chunk * q_chunk_step);
 #pragma unroll
@@ -283,7 +207,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
       const uint64_t b = pinned(p_operand + of * p_step);
       unrolled<halves.value * L::half_chunks>([&](auto i) {
         constexpr int half = i.value / L::half_chunks, chunk = i.value % L::half_chunks;
-        const uint64_t a = in_slot(v_operand, slot_behind(tile_slot, chunk_of(half, chunk)));
+        const uint64_t a = in_slot(v_operand, slot_behind<C>(tile_slot, chunk_of(half, chunk)));
 #pragma unroll
         for (int k = 0; k < 4; ++k) wgmma_vp<T>(o[half][chunk], a + k * kTokenStep, b + k * kColumnStep);
       });
@@ -299,7 +223,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
 #pragma unroll
         for (int i = 0; i < kWarpgroupWarps; ++i) {
           float x[2];
-          load_shared(x, tile_max_at(of * kWarpgroupWarps + i, n * 8 + pair));
+          load_shared(x, at.tile_max(of * kWarpgroupWarps + i, n * 8 + pair));
           all[0] = fmaxf(all[0], x[0]), all[1] = fmaxf(all[1], x[1]);
         }
 #pragma unroll
@@ -312,23 +236,13 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
         }
       }
     };
-    // The chunks of a piece's last tile in which the half of O that the other stores goes to it.
-    constexpr int exchange_chunks = L::half_chunks / 2;
-    static_assert(exchange_chunks * kChunkBytes == kWarpgroupThreads * L::half_chunks * rows / 2 * 4);
-    auto o_at = [&](int slot, int chunk, int i) {  // four elements of a thread
-      const int place_of =
-          (chunk * rows / 8 + i) * kWarpgroupThreads * 16;  // a chunk of O is half of one of the ring's
-      return chunk_at(slot_behind(slot, place_of / kChunkBytes)) + place_of % kChunkBytes +
-             threadIdx.x % kWarpgroupThreads * 16;
-    };
-
 #pragma unroll 1
-    for (int parity = 0;; parity ^= 1) {  // of the piece
-      mbarrier_wait(q_full, parity);      // pairs with copy_q_of_pieces
+    for (int parity = 0;; parity ^= 1) {   // of the piece
+      mbarrier_wait(at.q_full(), parity);  // pairs with copy_q_of_pieces
       int num_tiles, unmasked_tiles, visible[columns * 2];
       {
         RowBlock block;
-        load_shared_struct(block, block_at(parity));
+        load_shared_struct(block, at.block(parity));
         num_tiles = warp_uniform(block.num_tiles);
         unmasked_tiles = warp_uniform(block.unmasked_tiles);
 #pragma unroll
@@ -346,15 +260,15 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
 
       const bool has_tile = first_own < num_tiles, is_single = num_tiles == 1;
       int last_slot = 0;
-      if (!has_tile) mbarrier_arrive(q_free);  // pairs with copy_q_of_pieces
+      if (!has_tile) mbarrier_arrive(at.q_free());  // pairs with copy_q_of_pieces
 #pragma unroll 1
       for (int tile = first_own; tile < num_tiles; tile += 2, place.advance(2 * L::k_chunks)) {
         const bool is_last = tile + 2 >= num_tiles;
         last_slot = place.slot;
         float tile_max[columns * 2], factor[columns * 2];
         compute_logits(place);
-        if (L::rope > 0) arrive(free_at(place.after(L::last_chunk).slot));
-        if (is_last) mbarrier_arrive(q_free);  // who has read the description itself; pairs with copy_q_of_pieces
+        if (L::rope > 0) arrive(at.free(place.after(L::last_chunk).slot));
+        if (is_last) mbarrier_arrive(at.q_free());  // who has read the description itself; pairs with copy_q_of_pieces
 #pragma unroll
         for (int i = 0; i < rows / 2; ++i) s[i] *= p.scale_log2;
         if (tile >= unmasked_tiles)
@@ -371,7 +285,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
         if (quad == 0)
 #pragma unroll
           for (int n = 0; n < columns; ++n)
-            store_shared(tile_max_at(warpgroup * kWarpgroupWarps + warp, n * 8 + pair), tile_max[n * 2],
+            store_shared(at.tile_max(warpgroup * kWarpgroupWarps + warp, n * 8 + pair), tile_max[n * 2],
                          tile_max[n * 2 + 1]);
         named_barrier_sync(kMaxReady + warpgroup, kWarpgroupThreads);  // with itself
         raise_max(warpgroup, factor);
@@ -383,7 +297,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
         }
 #pragma unroll
         for (int i = 0; i < rows / 4; ++i) packed[i] = pack2<T>(s[i * 2], s[i * 2 + 1]);
-        const uint32_t to = at(offsetof(Smem<C>, p)) + warpgroup * rows * kRowBytes;
+        const uint32_t to = at.p() + warpgroup * rows * kRowBytes;
 #pragma unroll
         for (int n = 0; n < columns;
              n += 2) {  // 16 query rows and the warp's 16 tokens: lane i addresses row i % 8 of tile i / 8
@@ -404,19 +318,19 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
           });
         multiply_values(place.slot, warpgroup, both_halves);
         // Pairs with the producer's wait, a round later. What is kept of the last tile is the other warpgroup's to release.
-        if (lane < L::v_chunks && (!is_last || lane >= exchange_chunks))
-          mbarrier_arrive(free_at(place.after(lane).slot));
+        if (lane < L::v_chunks && (!is_last || lane >= at.exchange_chunks))
+          mbarrier_arrive(at.free(place.after(lane).slot));
       }
       if (is_single) {                                  // both multiply its values, half of the columns each
         named_barrier_sync(kResult, kConsumerThreads);  // with itself: P is there
         float factor[columns * 2];
         if (!has_tile) {
           raise_max(warpgroup ^ 1, factor);
-          last_slot = slot_behind(place.slot, C::stages - L::k_chunks);
+          last_slot = slot_behind<C>(place.slot, C::stages - L::k_chunks);
         }
         multiply_values(last_slot, has_tile ? warpgroup : warpgroup ^ 1, own_half);
         if (lane < L::half_chunks)  // pairs with the producer's wait, a round later
-          mbarrier_arrive(free_at(slot_behind(last_slot, warpgroup * L::half_chunks + lane)));
+          mbarrier_arrive(at.free(slot_behind<C>(last_slot, warpgroup * L::half_chunks + lane)));
       }
       first_own ^= num_tiles & 1;
 
@@ -424,7 +338,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
 
       static_assert(rows == kFragmentRows);
       RowBlock block;
-      load_shared_struct(block, block_at(parity));
+      load_shared_struct(block, at.block(parity));
       const bool merges = warp_uniform(block.pairs) & kMergesFirst;
       const bool leaves = warp_uniform(block.partial_slot) >= 0 && !merges;
       const int other_slot = block.partial_slot - block.group_size;  // of the group before
@@ -448,21 +362,21 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
       if (quad == 0)
 #pragma unroll
         for (int n = 0; n < columns; ++n) {
-          store_shared_quad(row_sums_at(parity, warpgroup * kWarpgroupWarps + warp, n * 8 + pair),
+          store_shared_quad(at.row_sums(parity, warpgroup * kWarpgroupWarps + warp, n * 8 + pair),
                             {sum[n * 2], size[n * 2], sum[n * 2 + 1], size[n * 2 + 1]});
-          if (warp == 0) store_shared(row_max_at(parity, warpgroup, n * 8 + pair), max[n * 2], max[n * 2 + 1]);
+          if (warp == 0) store_shared(at.row_max(parity, warpgroup, n * 8 + pair), max[n * 2], max[n * 2 + 1]);
         }
       if (!is_single) {
         if (threadIdx.x % kWarpgroupThreads == 0)
-          store_shared(last_slot_at(parity, warpgroup), __int_as_float(last_slot));
+          store_shared(at.last_slot(parity, warpgroup), __int_as_float(last_slot));
         named_barrier_sync(kMaxReady + warpgroup,
                            kWarpgroupThreads);  // with itself: no warp multiplies the tile any more
 #pragma unroll
         for (int chunk = 0; chunk < L::half_chunks; ++chunk)
 #pragma unroll
           for (int i = 0; i < rows / 8; ++i)
-            store_shared_quad(o_at(last_slot, chunk, i), {o[1][chunk][i * 4], o[1][chunk][i * 4 + 1],
-                                                          o[1][chunk][i * 4 + 2], o[1][chunk][i * 4 + 3]});
+            store_shared_quad(at.half_of_o(last_slot, chunk, i), {o[1][chunk][i * 4], o[1][chunk][i * 4 + 1],
+                                                                  o[1][chunk][i * 4 + 2], o[1][chunk][i * 4 + 3]});
       }
       if (merges && threadIdx.x == 0) wait_for_partial(p, rows, C::d_v, other_slot);
       named_barrier_sync(kResult, kConsumerThreads);  // with itself
@@ -470,7 +384,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
 #pragma unroll
       for (int n = 0; n < columns; ++n) {
         float of_other[2];
-        load_shared(of_other, row_max_at(parity, warpgroup ^ 1, n * 8 + pair));
+        load_shared(of_other, at.row_max(parity, warpgroup ^ 1, n * 8 + pair));
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const int i = n * 2 + j;
@@ -484,13 +398,13 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
         return __fadd_rn(__fmul_rn(own, own_weight), __fmul_rn(other, other_weight));
       };
       if (!is_single) {
-        const int slot = __float_as_int(load_shared(last_slot_at(parity, warpgroup ^ 1)));
+        const int slot = __float_as_int(load_shared(at.last_slot(parity, warpgroup ^ 1)));
 #pragma unroll
         for (int chunk = 0; chunk < L::half_chunks; ++chunk)
 #pragma unroll
           for (int i = 0; i < rows / 8; ++i) {
             float x[4];
-            load_shared(x, o_at(slot, chunk, i));
+            load_shared(x, at.half_of_o(slot, chunk, i));
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
               const int row = i * 2 + j % 2;
@@ -498,9 +412,9 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
             }
           }
         fence_proxy_async();
-        __syncwarp();                // all lanes have fenced their reads
-        if (lane < exchange_chunks)  // pairs with the producer's wait, a round later
-          mbarrier_arrive(free_at(slot_behind(slot, lane)));
+        __syncwarp();                   // all lanes have fenced their reads
+        if (lane < at.exchange_chunks)  // pairs with the producer's wait, a round later
+          mbarrier_arrive(at.free(slot_behind<C>(slot, lane)));
       }
       float scale[columns * 2], other[columns * 2] = {};
 #pragma unroll
@@ -513,7 +427,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
             const int from = i / kWarpgroupWarps;  // 0: the own
             float x[4];
             load_shared(x,
-                        row_sums_at(parity, (warpgroup ^ from) * kWarpgroupWarps + i % kWarpgroupWarps, n * 8 + pair));
+                        at.row_sums(parity, (warpgroup ^ from) * kWarpgroupWarps + i % kWarpgroupWarps, n * 8 + pair));
 #pragma unroll
             for (int j = 0; j < 4; ++j) of_warpgroup[from][j] += x[j];
           }
