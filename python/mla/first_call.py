@@ -18,7 +18,7 @@ from .device import Device, facts
 from .dispatch import choose, chooser, forced
 from .explain import of_problem
 from .inputs import Inputs, TensorOrPair
-from .plan import Plan
+from .plan import Plan, given
 from .problem import Problem
 from .variants import Variant
 
@@ -51,9 +51,7 @@ def decode(
     if plan is None:
         chosen = choose(problem, device, request)
     else:
-        if not isinstance(plan, Plan):
-            raise TypeError(f"plan: got {type(plan).__name__}, expected an mla.Plan")
-        plan.check_fits(problem, target, request)
+        given(plan).check_fits(problem, target, request)
         chosen = plan.variant
     planned_len = problem.max_len if plan is None else plan.max_len
     if workspace is not None:
@@ -126,7 +124,7 @@ def _log_choice(problem: Problem, device: Device, chosen: Variant, variant: str 
 
 
 def _choice_line(problem: Problem, device: Device, chosen: Variant, variant: str | None) -> str:
-    explanation = of_problem(problem, device, variant)
+    explanation = of_problem(problem, device, forced(variant))
     what = (
         explanation.headline() if explanation.variant == chosen else f"{chosen.name} (by its plan)"
     )
