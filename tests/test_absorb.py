@@ -109,6 +109,16 @@ class TestAbsorb:
         with pytest.raises(kind, match=f"^{message}"):
             mla.absorb(*given, SMALL)
 
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "bfloat16"])
+    def test_wrong_dtypes(self, dtype: Any) -> None:
+        with pytest.raises(TypeError, match=f"^dtype: got {dtype}, expected a floating point"):
+            mla.absorb(*weights(SMALL), SMALL, dtype=dtype)
+
+    def test_wrong_dims(self) -> None:
+        dims: Any = (3, 32)
+        with pytest.raises(TypeError, match=r"^dims: got tuple, expected "):
+            mla.absorb(*weights(SMALL), dims)
+
 
 class TestScale:
     @pytest.mark.parametrize(
@@ -250,6 +260,24 @@ class TestConfig:
                 },
                 mla.UnsupportedError,
                 "rope: longrope with 163840 positions of originally 4096",
+            ),
+            (
+                {"rope_scaling": {"type": "yarn"}, "max_position_embeddings": None},
+                ValueError,
+                "original_max_position_embeddings: got None in the configuration",
+            ),
+            (
+                {
+                    "rope_scaling": {"type": "yarn", "original_max_position_embeddings": 4096},
+                    "max_position_embeddings": None,
+                },
+                ValueError,
+                "max_position_embeddings: got None in the configuration, expected a value",
+            ),
+            (
+                {"rope_scaling": {"type": "longrope"}},
+                ValueError,
+                "short_factor: got None in the configuration, expected a value",
             ),
         ],
     )
