@@ -176,7 +176,7 @@ def _print_requests(prompts: list[list[int]], continuations: list[list[int]]) ->
 
 
 def _report(steps: list[Step], requests: int, variant: str, tolerance: float) -> int:
-    table = make_table("errors", "step", *Errors._fields, numbers=5)
+    table = make_table("errors", "step", *Errors._fields, numbers=1 + len(Errors._fields))
     every = -(-len(steps) // _SHOWN_STEPS)
     for i, step in enumerate(steps):
         if i % every == 0 or i == len(steps) - 1:
