@@ -6,14 +6,11 @@ calls of the same layouts and options then use without coming here (src/prepared
 
 from __future__ import annotations
 
-import math
-from numbers import Real
-
 from torch import Tensor
 
 from . import _mla, cpu, launch, log, outputs, validate
 from . import workspace as workspaces
-from .checks import DTYPES, wrong
+from .checks import DTYPES, check_scale
 from .device import Device, facts
 from .dispatch import choose, chooser, forced
 from .explain import of_problem
@@ -44,7 +41,7 @@ def decode(
     """`mla.decode`, but for the calls that are prepared."""
     inputs = Inputs.of(q, kv_cache, block_table, seq_lens, cu_seqlens_q)
     problem = Problem.from_tensors(inputs, d_v, batch_invariant, max_seq_len)
-    scale = _number(scale)
+    scale = check_scale(scale)
     target = inputs.q.device
     device = facts(target)
     request = forced(variant)
@@ -98,16 +95,6 @@ def decode(
         chooser(problem, device, request) if plan is None else None,
     )
     return result
-
-
-def _number(scale: object) -> float:
-    if isinstance(scale, Tensor):  # has __float__, which would wait for the device
-        raise TypeError("scale: got a torch.Tensor, expected a number")
-    if not isinstance(scale, Real):
-        raise TypeError(f"scale: got {scale!r}, expected a number")
-    if not math.isfinite(scale):
-        raise wrong("scale", scale, "a finite number")
-    return float(scale)
 
 
 def _log_choice(problem: Problem, device: Device, chosen: Variant, variant: str | None) -> None:
