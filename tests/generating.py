@@ -12,6 +12,7 @@ import mla.nn
 import pytest
 import torch
 from mla import data
+from their_transformers import transformers
 from torch import Tensor
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "swap_into_transformers.py"
@@ -66,12 +67,10 @@ def talk(model: Any, turns: Sequence[Tensor], new_tokens: int) -> Tensor:
 
     A turn begins with what the caches have already, so it is an append of several tokens.
     """
-    from transformers import DynamicCache
-
     device = model.device
     # Its name since transformers 5.24, and before.
     name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
-    caches = {name: DynamicCache(config=model.config)}
+    caches = {name: transformers.DynamicCache(config=model.config)}
     tokens = turns[0][:, :0].to(device)
     for turn in turns:
         tokens = torch.cat((tokens, turn.to(device)), 1)

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", "5.0", reason="needs transformers")
 from generating import (
     EXAMPLE,
     assert_same_tokens,

@@ -14,9 +14,8 @@ from mla.models import MODELS
 from mla.nn import MultiHeadLatentAttention
 from mla.reference import errors
 from paged_layer import Pages, exact_decode, randomise
+from their_transformers import transformers
 from torch import Tensor
-
-transformers = pytest.importorskip("transformers", "5.0", reason="needs transformers")
 
 YARN_V3 = {
     "rope_type": "yarn",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", "5.0", reason="needs transformers")
 from generating import (
     EXAMPLE,
     assert_same_tokens,
