@@ -63,6 +63,8 @@ def check_dims(name: str, d_qk: int, d_v: int | None) -> None:
 def check_tensor(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: got a tensor of layout {tensor.layout}, expected a dense one")
 
 
 def check_lengths(
