@@ -315,3 +315,20 @@ class TestCheckpoint:
         for row, column in ((0, 0), (127, 128), (128, 127), (199, 299)):
             want = weight.float()[row, column] * scales[row // 128, column // 128]
             assert exact[row, column] == want
+
+    @pytest.mark.parametrize(
+        ("scales", "got"),
+        [
+            ({}, "no scales"),
+            ({"weight_scale": torch.ones(1)}, "no scales"),
+            ({"weight_scale_inv": torch.ones(1)}, r"shape \[1\]"),
+            ({"weight_scale_inv": torch.ones(3, 2)}, r"shape \[3, 2\]"),
+        ],
+    )
+    def test_other_forms_of_8_bits(self, scales: dict[str, Tensor], got: str) -> None:
+        """Without its scales a weight would be wrong without a word."""
+        weight = torch.zeros(200, 300).to(torch.float8_e4m3fn)
+        checkpoint = {"o_proj.weight": weight} | {f"o_proj.{k}": x for k, x in scales.items()}
+        message = rf"^o_proj.weight: got torch.float8_e4m3fn with {got}, expected .* \[2, 3\]: one"
+        with pytest.raises(ValueError, match=message):
+            attention_weights(checkpoint, "")
