@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,15 @@ def test_fractions_of_floors(case_file: Path, capsys: Output) -> None:
     assert "1.12x" in printed  # the peer's 9 us
     assert "25.0" in printed  # geometric mean of 50 % and 12.5 % of the recorded floor
     assert "12.5" in printed
+
+
+def test_lines_of_several_runs_have_their_names(case_file: Path, capsys: Output) -> None:
+    case = cases.load_cases(case_file)[1]
+    runs = [replace(result(case, 8.0), run=run) for run in ("one", "one.batch_invariant")]
+    check.console.print(results.result_table(runs))
+    printed = capsys.readouterr().out.splitlines()
+    lines = [line.split() for line in printed if line.strip().startswith(case.id)]
+    assert [line[1] for line in lines] == ["one", "one.batch_invariant"]
 
 
 def test_other_dims_have_no_recorded_floor(case_file: Path) -> None:

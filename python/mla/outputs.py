@@ -106,7 +106,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 def overlap(a: Tensor, b: Tensor) -> bool:
     """Whether the two may share a byte."""
-    if a.numel() == 0 or b.numel() == 0:
+    if a.numel() == 0 or b.numel() == 0 or a.is_meta or b.is_meta:
         return False
     a_start, b_start = a.data_ptr(), b.data_ptr()
     a_steps, b_steps = _steps(a), _steps(b)

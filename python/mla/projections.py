@@ -85,8 +85,11 @@ class Projections(nn.Module):
         attention: DeepseekV2Attention, DeepseekV3Attention or one of another model that
             `LayerConfig.from_transformers` takes.
 
-        Raises as that does.
+        Raises as that does, and TypeError for another kind of module.
         """
+        if not all(hasattr(attention, name) for name in ("config", "kv_a_layernorm")):
+            got = type(attention).__name__
+            raise TypeError(f"attention: got {got}, expected an MLA of transformers")
         norm: Any = attention.kv_a_layernorm
         config = LayerConfig.from_transformers(attention.config)
         config = replace(config, norm_eps=getattr(norm, "variance_epsilon", config.norm_eps))
@@ -172,5 +175,5 @@ class Projections(nn.Module):
         if rotary is None or table is None:
             return q_rope
         rows = table.index_select(0, positions.flatten().clamp(0, table.shape[0] - 1))
-        rows = rows.view(*positions.shape, 1, -1)
+        rows = rows.view(*positions.shape, 1, table.shape[1])
         return rotate(q_rope, rows, interleaved=rotary.interleaved)
