@@ -38,10 +38,12 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> State:
     cuDNN prepares for each combination of sizes and strides once in a thread, which takes the time
     of hundreds of calls.
     """
-    o, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        *(x.transpose(0, 1)[None] for x in (q, k, v)), None, True, 0.0, causal, False, scale=scale
-    )[:2]
-    return State(o[0].transpose(0, 1), lse.view(q.shape[1], q.shape[0]).T)
+    # By its overload's name: finding it takes torch as long as the call.
+    o, lse = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
+        *(x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)), None, True, 0.0, causal, False,
+        scale=scale,
+    )[:2]  # fmt: skip
+    return State(o.squeeze(0).transpose(0, 1), lse.view(q.shape[1], q.shape[0]).T)
 
 
 class Ragged(NamedTuple):
@@ -74,7 +76,7 @@ def flash(q: Tensor, rows: Tensor, d_v: int, ragged: Ragged, scale: float, causa
     columns of what it returns mean nothing.
     """
     d = q.shape[-1]
-    o, lse = torch.ops.aten._flash_attention_forward(
+    o, lse = torch.ops.aten._flash_attention_forward.default(
         q, rows[..., :d], rows[..., d_v:], ragged.cuts_q, ragged.cuts_k, ragged.most_q,
         ragged.most_k, 0.0, causal, False, scale=scale,
     )[:2]  # fmt: skip
@@ -84,7 +86,7 @@ def flash(q: Tensor, rows: Tensor, d_v: int, ragged: Ragged, scale: float, causa
 def efficient(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged, scale: float, causal: bool) -> State:
     """As cudnn, for several requests; causal: the last query of a request sees all its keys, each
     one before it one fewer."""
-    o, lse = torch.ops.aten._efficient_attention_forward(
+    o, lse = torch.ops.aten._efficient_attention_forward.default(
         q[None], k[None], v[None], None, ragged.cuts_q, ragged.cuts_k, ragged.most_q,
         ragged.most_k, 0.0, 2 if causal else 0, True, scale=scale,
     )[:2]  # fmt: skip
