@@ -13,7 +13,7 @@ import torch
 from command_line import Output, command
 from mla import prefill_choice
 from mla.cli import prompt, prompt_stack
-from mla.prefill_estimate import Method
+from mla.prefill_times import Method
 from paged_layer import Pages, randomise
 from prefilling import Case, Problem, make_prefill
 from test_bench import BENCHMARKS

@@ -14,9 +14,9 @@ from .api import decode
 from .checks import check_size, wrong
 from .inputs import TensorOrPair
 from .prefill_choice import WORKSPACE_BYTES, Sizes, absorbed_at_once, check_method
-from .prefill_estimate import Method
 from .prefill_inputs import NewTokens
 from .prefill_plan import Absorbed, PrefillPlan, make_plan
+from .prefill_times import Method
 
 _DECODE = "mla.decode"
 LEAST_TOKENS = 16  # of an absorbed step

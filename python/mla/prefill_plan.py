@@ -15,8 +15,8 @@ from .checks import DTYPES, check_index, check_lengths, check_size, check_tensor
 from .expanded_steps import Steps
 from .layer_config import Dims
 from .prefill_choice import WORKSPACE_BYTES, Sizes, cheaper_of, check_method
-from .prefill_estimate import Method
 from .prefill_inputs import WIDE_DTYPES
+from .prefill_times import Method
 
 
 class Absorbed(NamedTuple):
@@ -63,6 +63,7 @@ def plan_prefill(
     tokens: int | None = None,
     causal: bool = True,
     method: Method | None = None,
+    captured: bool = False,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> PrefillPlan:
     """What `prefill` does for a step, decided once: one plan for all layers.
@@ -73,6 +74,8 @@ def plan_prefill(
     s: new tokens of each request. A ragged query has `cu_seqlens_q` and `tokens`, q.shape[0],
         instead.
     causal, method, workspace_bytes: as for `prefill`, whose calls with this plan have the same.
+    captured: the calls will be captured in a CUDA graph, so only the time of the GPU decides; else
+        that of the host does where it is longer. Plans of both kinds can be captured.
 
     Raises TypeError and ValueError for arguments that do not fit.
     """
@@ -97,7 +100,7 @@ def plan_prefill(
         check_size("page_size", page_size, 1), causal,
         check_size("workspace_bytes", workspace_bytes, 1),
     )  # fmt: skip
-    return make_plan(sizes, block_table, seq_lens, seq_lens.tolist(), cuts, method)
+    return make_plan(sizes, block_table, seq_lens, seq_lens.tolist(), cuts, method, captured)
 
 
 def make_plan(
@@ -107,12 +110,15 @@ def make_plan(
     lens: Sequence[int],
     cuts: Sequence[int],
     method: Method | None,
+    captured: bool = False,
 ) -> PrefillPlan:
     """lens, cuts: the values of seq_lens and cu_seqlens_q; clamped here."""
     lens = [min(max(n, 0), sizes.reach) for n in lens]
     cuts = [min(max(n, 0), sizes.tokens) for n in cuts]
     new = [max(end - begin, 0) for begin, end in pairwise(cuts)]
-    methods = tuple(method or cheaper_of(sizes, s, n) for s, n in zip(new, lens, strict=True))
+    methods = tuple(
+        method or cheaper_of(sizes, s, n, captured) for s, n in zip(new, lens, strict=True)
+    )
     which = [i for i, found in enumerate(methods) if found == "expanded"]
     steps, absorbed = None, None
     if which:
