@@ -82,10 +82,10 @@ def test_with_a_kernel_that_is_prepared_for_sizes(
     lens, counts = (50, past + new, 20), (50, new, 7)
     problem = make_prefill(Case(lens, counts, dims, 16, torch.float32, causal))
 
-    def cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> fused.State:
+    def cudnn(q: Tensor, rows: Tensor, scale: float, causal: bool) -> fused.State:
         assert len(q) == exact_queries(len(q))
-        assert len(k) == len(q) if causal else len(k) in (256, 512, 1024)
-        return fused.products(q, k, v, scale, causal)
+        assert len(rows) == len(q) if causal else len(rows) in (256, 512, 1024)
+        return fused.products(q, rows, scale, causal)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(expanded_steps, "limits", lambda *_: Limits(*limits))

@@ -14,9 +14,9 @@ import pytest
 import torch
 from command_line import Output, command
 from mla import device, fused, launch, prefill_choice, prefill_costs, prefill_estimate
-from mla.cli import prefill_fit, prefill_sweep
+from mla.cli import prefill_fit, prefill_points
 from mla.cli.arguments import UsageError
-from mla.cli.prefill_sweep import Point
+from mla.cli.prefill_points import Point
 from mla.device import KNOWN, by_name
 from mla.models import MODELS
 from mla.prefill_choice import WORKSPACE_BYTES, Sizes, absorbed_at_once, cheaper_of
@@ -48,7 +48,7 @@ def request(new: int, cached: int, heads: int = 128, b: int = 1) -> Request:
 @pytest.mark.parametrize("captured", [True, False])
 def test_choice_is_the_better_one_of_the_recorded_sweep(captured: bool) -> None:
     """In a CUDA graph, where the GPU's time counts, and without, where the host's does too."""
-    points = prefill_sweep.read(SWEEP)
+    points = prefill_points.read(SWEEP)
     assert {p.heads for p in points} == {16, 128}
     assert {p.new for p in points} >= {1 << i for i in range(13)}
     assert {0, 65536} <= {p.cached for p in points}
@@ -240,7 +240,7 @@ class TestFit:
 
     def test_command(self, tmp_path: Path, capsys: Output) -> None:
         sweep, target = tmp_path / "sweep.json", tmp_path / "costs.json"
-        prefill_sweep.write(sweep, self.points(prefill_costs.built_in().costs, noise=0))
+        prefill_points.write(sweep, self.points(prefill_costs.built_in().costs, noise=0))
         assert command(f"fit --prefill --gpu H200 --out {target} {sweep}") == 0
         printed = capsys.readouterr().out
         assert "in a CUDA graph the choice costs 0.0" in printed
@@ -258,13 +258,13 @@ class TestFit:
         path = tmp_path / "sweep.json"
         path.write_text(text)
         with pytest.raises(UsageError, match=r"sweep\.json"):
-            prefill_sweep.read(path)
+            prefill_points.read(path)
 
 
 def test_sweep_on_a_cpu(tmp_path: Path, capsys: Output) -> None:
     target = tmp_path / "sweep.json"
     assert command(f"bench --prefill --device cpu --repeat 1 --json {target}") == 0
-    points = prefill_sweep.read(target)
+    points = prefill_points.read(target)
     assert [(p.new, p.cached) for p in points] == [(1, 0), (1, 100), (48, 0), (48, 100)]
     assert {p.attention for p in points} == {fused.PRODUCTS}
     conditions = json.loads((tmp_path / "sweep.meta.json").read_text())

@@ -65,20 +65,16 @@ def _empty(new: NewTokens, whole: bool) -> State:
 
 
 def _attention(q: Tensor, by_head: Tensor, each: Attention, kernel: str, scale: float) -> State:
-    d = q.shape[-1]
-    if each.keys is not None:
-        by_head = by_head[each.keys]
-    keys, values = by_head[..., :d], by_head[..., d:]
+    rows = by_head if each.keys is None else by_head[each.keys]
     if each.exact:
-        found = fused.cudnn(q, keys, values, scale, each.causal)
+        found = fused.cudnn(q, rows, scale, each.causal)
         if each.rows == each.tokens:
             return found
         return State(found.o[: each.tokens], found.lse[: each.tokens])
     if each.ragged is None:
-        return fused.products(q, keys, values, scale, each.causal)
-    if kernel == fused.FLASH:
-        return fused.flash(q, by_head, values.shape[-1], each.ragged, scale, each.causal)
-    return fused.efficient(q, keys, values, each.ragged, scale, each.causal)
+        return fused.products(q, rows, scale, each.causal)
+    attention = fused.flash if kernel == fused.FLASH else fused.efficient
+    return attention(q, rows, each.ragged, scale, each.causal)
 
 
 def _queries(new: NewTokens, each: Attention) -> Tensor:

@@ -27,11 +27,12 @@ from mla.prefill_times import METHODS, Method, Times
 
 from .console import console, make_table
 from .fit import HELD, least_squares
-from .prefill_sweep import DTYPE, PAGE_SIZE, Point, read
+from .prefill_points import Point, read
+from .prefill_sweep import DTYPE, PAGE_SIZE
 
 # Where one way takes long, by this factor more than the other, its prediction decides nothing:
-# there an error counts half as much.
-FAR = 2.0
+# there an error counts less. So does one of the host's time where the GPU takes so much longer.
+FAR, FAR_WEIGHT, HIDDEN_WEIGHT = 2.0, 0.5, 0.1
 _SHOWN = 5
 _FITTED = [name for name in PrefillCosts._fields if name != "planning_us"]
 
@@ -118,8 +119,8 @@ def fit(samples: Sequence[Sample], device: Device) -> PrefillCosts:
         errors = []
         for s in samples:
             for m in METHODS:
-                gpu, host = _logs(s, m, costs)
-                errors += [_weight(s, m) * gpu, host]
+                pairs = zip(_logs(s, m, costs), _weights(s, m), strict=True)
+                errors += [error * weight for error, weight in pairs]
         return torch.cat([torch.tensor(errors, dtype=x.dtype), math.sqrt(HELD) * (x - origin)])
 
     planning_us = median(s.point.plan_us["expanded"] for s in samples)
@@ -132,9 +133,13 @@ def _logs(sample: Sample, method: Method, costs: PrefillCosts) -> Times:
     return Times(math.log(times.gpu / p.us[method]), math.log(times.host / p.host_us[method]))
 
 
-def _weight(sample: Sample, method: Method) -> float:
-    us = sample.point.us
-    return 0.5 if us[method] > FAR * min(us.values()) else 1.0
+def _weights(sample: Sample, method: Method) -> tuple[float, float]:
+    """Of the errors of both times."""
+    us, host_us = sample.point.us, sample.point.host_us
+    return (
+        FAR_WEIGHT if us[method] > FAR * min(us.values()) else 1.0,
+        HIDDEN_WEIGHT if us[method] > FAR * host_us[method] else 1.0,
+    )
 
 
 def _errors(samples: Sequence[Sample], costs: PrefillCosts) -> dict[str, float]:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -17,50 +15,29 @@ from rich.table import Table
 from torch import Tensor
 
 import mla
-from mla.layer_config import Dims
-from mla.models import MODELS
-from mla.prefill_times import METHODS, Method, Times
+from mla.prefill_times import METHODS, Method
 
-from .arguments import UsageError
 from .console import console, make_progress, make_table
 from .devices import device_name
+from .prefill_points import DIMS, Point, write
 from .results import conditions_of, write_conditions
 from .timing import CpuTimer, GpuTimer, measure
 
-DIMS = MODELS["DeepSeek-V3"].dims
 HEADS = (16, 128)
 NEW = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
 CACHED = (0, 512, 2048, 8192, 32768, 65536)
 ON_CPU = ((4,), (1, 48), (0, 100))
 DTYPE, PAGE_SIZE = torch.bfloat16, 64
 LONG_US, LONG_REPEAT = 10_000.0, 3  # calls that take longer are measured fewer times
+HOST_ROUNDS = 6  # others on the machine only add to the host's time, and for a while
+Calls = dict[Method, Callable[[], Any]]  # of a point
 METHOD = (
     "one request in bf16; both methods in turns; us: events around one call, plan before the "
     "clock, output allocation inside, after a read of 256 MB and a sleep on the device; host_us: "
-    "what the host needs to queue the same call, by its clock; plan_us: to make the plan"
+    "what the host needs to queue the same call, by its clock, the least of some rounds over all "
+    "points, to an idle device; plan_us: to make the plan"
 )
 ON_CPU_METHOD = "wall clock around one call"
-
-
-@dataclass(frozen=True)
-class Point:
-    """`new` tokens of a request behind `cached` ones: microseconds by each method."""
-
-    heads: int
-    new: int
-    cached: int
-    us: dict[Method, float]
-    host_us: dict[Method, float]  # of the same calls
-    plan_us: dict[Method, float]  # of the host, which waits for the device
-    attention: str  # of the expanded way
-
-    @property
-    def dims(self) -> Dims:
-        return replace(DIMS, heads=self.heads)
-
-    def took(self, method: Method, captured: bool) -> float:
-        """As prefill_estimate.Times.us."""
-        return Times(self.us[method], self.host_us[method]).us(captured)
 
 
 class Inputs:
@@ -110,10 +87,14 @@ def run(args: Namespace, device: torch.device) -> int:
     timer.warmups = 2 if on_gpu else 1
     heads, new, cached = (HEADS, NEW, CACHED) if on_gpu else ON_CPU
     inputs = Inputs(device, heads, max(new), max(new) + max(cached))
-    points = []
+    points, calls = [], []
     with torch.inference_mode(), make_progress() as progress:
         for h, s, n in progress.track(list(product(heads, new, cached)), description="points"):
-            points.append(_measured(inputs, timer, h, s, n))
+            point, of_point = _measured(inputs, timer, h, s, n)
+            points.append(point)
+            calls.append(of_point)
+        if on_gpu:
+            _measure_host(points, calls, device)
     console.print(_table(device, points))
     if args.json:
         write(args.json, points)
@@ -125,8 +106,8 @@ def run(args: Namespace, device: torch.device) -> int:
 
 def _measured(
     inputs: Inputs, timer: GpuTimer | CpuTimer, heads: int, new: int, cached: int
-) -> Point:
-    calls: dict[str, Callable[[], Any]] = {}
+) -> tuple[Point, Calls]:
+    calls: Calls = {}
     plan_us: dict[Method, float] = {}
     attention = ""
     for method in METHODS:
@@ -141,11 +122,27 @@ def _measured(
     usual = timer.repeat
     if max(timer.sample(call).us for call in calls.values()) > LONG_US:
         timer.repeat = min(usual, LONG_REPEAT)
-    times = measure(timer, calls)
+    times = measure(timer, {str(method): call for method, call in calls.items()})
     timer.repeat = usual
     us = {method: times[method].us for method in METHODS}
     host_us = {method: times[method].host_us for method in METHODS}
-    return Point(heads, new, cached, us, host_us, plan_us, attention)
+    return Point(heads, new, cached, us, host_us, plan_us, attention), calls
+
+
+def _measure_host(points: Iterable[Point], calls: Iterable[Calls], device: torch.device) -> None:
+    """Instead of what the host took among the GPU's samples, by which those wait for it."""
+    work = [
+        (p.host_us, m, call)
+        for p, each in zip(points, calls, strict=True)
+        for m, call in each.items()
+    ]
+    for first in (True, *[False] * (HOST_ROUNDS - 1)):
+        for host_us, method, call in work:
+            torch.cuda.synchronize(device)
+            start = perf_counter()
+            call()
+            us = (perf_counter() - start) * 1e6
+            host_us[method] = us if first else min(us, host_us[method])
 
 
 def _table(device: torch.device, points: list[Point]) -> Table:
@@ -157,28 +154,3 @@ def _table(device: torch.device, points: list[Point]) -> Table:
         numbers = (str(p.heads), str(p.new), str(p.cached), f"{a:.1f}", f"{e:.1f}", f"{a / e:.2f}")
         table.add_row(*numbers, *(f"{p.host_us[m]:.0f}" for m in METHODS), p.attention)
     return table
-
-
-def write(path: Path, points: Iterable[Point]) -> None:
-    """A JSON list with one point per line."""
-
-    def rounded(times: dict[Method, float]) -> dict[str, float]:
-        return {method: round(us, 1) for method, us in times.items()}
-
-    lines = [
-        {name: rounded(v) if isinstance(v, dict) else v for name, v in vars(p).items()}
-        for p in points
-    ]
-    path.write_text("[\n" + ",\n".join(map(json.dumps, lines)) + "\n]\n", encoding="utf-8")
-
-
-def read(path: Path) -> list[Point]:
-    """UsageError for a file that `write` did not write."""
-    try:
-        points = [Point(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
-        usable = all(min(p.us[m], p.host_us[m]) > 0 for p in points for m in METHODS)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UsageError(f"{path}: no sweep of `mla bench --prefill`: {error!r}") from None
-    if not points or not usable:
-        raise UsageError(f"{path}: got no times above 0")
-    return points
