@@ -1,4 +1,4 @@
-"""Conversations with a DeepSeek-V3 model of transformers on a GPU, whose attention becomes mla's."""
+"""A DeepSeek-V3 model of transformers on a GPU talks as before once its attention is mla's."""
 
 from __future__ import annotations
 
