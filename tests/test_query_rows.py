@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import mla
 import pytest
 import torch
-from mla import expanded
+from mla import _mla, expanded, launch, query_rows
+from mla.device import by_name
 from mla.prefill_inputs import NewTokens
 from mla.query_rows import rotated
 from mla.rope import Rotary, Yarn, rotate
@@ -56,3 +60,40 @@ def test_rows_of_two_tensors_are_not_one() -> None:
     both = torch.zeros(2, 3, 20)
     assert not expanded.is_behind(both[..., 8:16], both[..., :4])
     assert expanded.is_behind(both[..., 8:16], both[..., :8])
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize(("tokens", "heads"), [(5, 16), (40, 3)])
+def test_the_kernel_is_told_what_append_would_tell_it(
+    tokens: int, heads: int, interleaved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heads as requests with a page each, in which a token's place is its number."""
+    launches: list[list[Any]] = []
+    for module in (query_rows, importlib.import_module("mla.append")):
+        monkeypatch.setattr(module, "facts", lambda device: by_name("H200"))
+    monkeypatch.setattr(launch, "stream_of", lambda device: 77)
+    monkeypatch.setattr(_mla, "launch_append", lambda *told: launches.append(list(told)))
+    q = torch.randn(tokens, heads, 24 + 32).bfloat16()
+    angles = torch.randn(tokens, 32)
+    rest, rope = rotated(q, angles, interleaved=interleaved)
+    order = torch.arange(max(tokens, heads), dtype=torch.int32)
+    mla.append(
+        q[..., :24].transpose(0, 1),
+        q[..., 24:].transpose(0, 1),
+        (rest.transpose(0, 1), rope.transpose(0, 1)),
+        order[:heads, None],
+        order[:tokens].expand(heads, tokens),
+        cos_sin=angles,
+        interleaved=interleaved,
+    )
+    mine, wanted = launches
+    assert mine[1][4] == mine[1][5]
+    mine[1][4:6] = wanted[1][4:6] = [order.data_ptr()] * 2
+    assert mine == wanted
+
+
+def test_the_kernel_is_not_asked_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(query_rows, "facts", lambda device: by_name("H200"))
+    rest, rope = rotated(torch.zeros(0, 4, 56).half(), torch.zeros(0, 32), interleaved=True)
+    assert rest.shape == (0, 4, 24)
+    assert rope.shape == (0, 4, 32)

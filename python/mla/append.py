@@ -75,20 +75,15 @@ def append(
         )
     if latent.dtype not in DTYPES and device.type == "cuda":
         raise TypeError(f"latent: got {latent.dtype}, expected torch.bfloat16 or torch.float16")
-    write(rows)
-
-
-def write(rows: NewRows) -> None:
-    """`append` of what was checked, on a GPU also in the dtypes that the kernel lacks."""
-    if rows.positions.numel() == 0 or rows.b == 0:
+    if positions.numel() == 0 or rows.b == 0:
         return
-    if facts(rows.latent.device).type == "cuda" and rows.latent.dtype in DTYPES:
-        _launch(rows)
+    if device.type == "cpu":
+        _append_on_cpu(rows)
     else:
-        _by_torch(rows)
+        _launch(rows)
 
 
-def _by_torch(rows: NewRows) -> None:
+def _append_on_cpu(rows: NewRows) -> None:
     """As kernels/common/append.cu."""
     num_pages, page_size = rows.cache.shape[:2]
     max_pages = rows.block_table.shape[1]
