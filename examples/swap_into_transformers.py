@@ -73,9 +73,8 @@ def swap(model: nn.Module, *, max_positions: int, page_size: int = 64) -> None:
         block.self_attn = PagedAttention(block.self_attn, cos_sin, page_size)
 
 
-def small_model(dtype: torch.dtype, device: torch.device, *, dense_layers: int = 1) -> Any:
-    """DeepSeek-V3's attention with fewer heads, four layers, few experts behind the first layers,
-    random weights."""
+def small_model(dtype: torch.dtype, device: torch.device) -> Any:
+    """DeepSeek-V3's attention with fewer heads, four layers, few experts, random weights."""
     torch.manual_seed(0)
     config = transformers.DeepseekV3Config(
         vocab_size=512,
@@ -90,7 +89,7 @@ def small_model(dtype: torch.dtype, device: torch.device, *, dense_layers: int =
         n_group=2,
         topk_group=1,
         num_experts_per_tok=2,
-        first_k_dense_replace=dense_layers,
+        first_k_dense_replace=1,
         num_mtp_layers=0,
         rope_parameters={
             "rope_type": "yarn",

@@ -306,10 +306,19 @@ class TestExplain:
             ({"new": 0}, "new: got 0, expected 1"),
             ({"new": 1, "cached": -1}, "cached: got -1, expected 0"),
             ({"new": 1, "b": 0}, "b: got 0"),
+            ({"new": 1, "heads": 0}, "heads: got 0, expected 1"),
             ({"new": 1, "device": "Voodoo"}, "device: got 'Voodoo'"),
         ):
             with pytest.raises(ValueError, match=f"^{message}"):
                 mla.explain_prefill(**sizes)
+
+    def test_wrong_kinds(self) -> None:
+        for kinds, message in (
+            ({"dims": 3}, "dims: got int, expected mla.models' or a LayerConfig's"),
+            ({"dtype": "x"}, "dtype: got x, expected torch.bfloat16 or torch.float16"),
+        ):
+            with pytest.raises(TypeError, match=f"^{message}"):
+                mla.explain_prefill(1, device="cpu", **kinds)
 
     def test_command(self, capsys: Output) -> None:
         assert command("explain --prefill --s-q 512 --kv 4608 --h 16 --gpu H200") == 0

@@ -106,8 +106,13 @@ def test_plan_for_another_call(
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"s": 3}, ValueError, "s: expected it, or else cu_seqlens_q and tokens"),
-        ({"tokens": None}, ValueError, "s: expected it, or else cu_seqlens_q and tokens"),
+        (
+            {"s": 3},
+            ValueError,
+            "s, cu_seqlens_q, tokens: got s, cu_seqlens_q, tokens, expected s, or else cu_seqlens",
+        ),
+        ({"tokens": None}, ValueError, "s, cu_seqlens_q, tokens: got cu_seqlens_q, expected s, or"),
+        ({"dims": 5}, TypeError, "dims: got int, expected mla.models' or a LayerConfig's"),
         ({"dtype": torch.float64}, TypeError, "dtype: got torch.float64"),
         ({"method": "both"}, ValueError, "method: got 'both'"),
         ({"page_size": 0}, ValueError, "page_size: got 0"),

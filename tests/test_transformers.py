@@ -12,7 +12,7 @@ import torch
 from mla.layer_config import Dims, LayerConfig
 from mla.models import MODELS
 from mla.nn import MultiHeadLatentAttention
-from mla.reference import Errors, errors
+from mla.reference import errors
 from paged_layer import Pages, exact_decode, randomise
 from torch import Tensor
 
@@ -110,8 +110,8 @@ def theirs(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
 @torch.no_grad()
 def expected(attention: Any, rotary: Any, hidden: Tensor) -> Tensor:
     b, n, _ = hidden.shape
-    positions = torch.arange(n, device=hidden.device)[None].expand(b, n)
-    mask = hidden.new_full((n, n), torch.finfo(hidden.dtype).min).triu(1)
+    positions = torch.arange(n)[None].expand(b, n)
+    mask = torch.full((n, n), torch.finfo(hidden.dtype).min, dtype=hidden.dtype).triu(1)
     out: Tensor = attention(
         hidden_states=hidden,
         position_embeddings=rotary(hidden, positions),
@@ -121,44 +121,34 @@ def expected(attention: Any, rotary: Any, hidden: Tensor) -> Tensor:
     return out
 
 
-class Comparison:
-    """Of a layer that has the weights of an attention of theirs, in three steps of a sequence."""
-
-    def __init__(self, name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
-        attention, rotary = theirs(name, dtype)
-        attention.to(device), rotary.to(device)
-        generator = torch.Generator().manual_seed(2)
-        self.hidden = torch.randn(2, 30, 128, generator=generator).to(device, dtype)
-        self.want = expected(attention, rotary, self.hidden)
-        self.layer = MultiHeadLatentAttention.from_transformers(attention)
-        assert self.layer.o_proj.weight.data_ptr() == attention.o_proj.weight.data_ptr()
-        assert all(p.requires_grad for p in attention.parameters())
-
-    def check(self, **options: Any) -> Errors:
-        pages, steps = Pages(self.layer, 2, 30), self.hidden.split([17, 5, 8], 1)
-        got = torch.cat([pages.step(self.layer, x, **options) for x in steps], 1)
-        found, limit = errors(got, self.want), TOLERANCE[got.dtype]
-        assert found.relative_rmse < limit, str(found)
-        assert found.wmape < limit, str(found)
-        assert found.mse < limit**2 * float(self.want.double().square().mean()), str(found)
-        assert found.cosine_distance < max(limit**2, 1e-12), str(found)
-        return found
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("name", MODELS_OF_TRANSFORMERS)
 def test_same_as_their_attention(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Un-absorbed, absorbed, and absorbed with merged weights."""
-    comparison = Comparison(name, dtype)
+    """In three steps: un-absorbed, absorbed, and absorbed with merged weights."""
+    attention, rotary = theirs(name, dtype)
+    hidden = torch.randn(2, 30, 128, generator=torch.Generator().manual_seed(2)).to(dtype)
+    want = expected(attention, rotary, hidden)
+    layer = MultiHeadLatentAttention.from_transformers(attention)
+    assert layer.o_proj.weight.data_ptr() == attention.o_proj.weight.data_ptr()
+    assert all(p.requires_grad for p in attention.parameters())
+
+    def check(got: Tensor) -> None:
+        found = errors(got, want)
+        assert found.relative_rmse < TOLERANCE[dtype], str(found)
+
+    def steps(**options: Any) -> Tensor:
+        pages = Pages(layer, 2, 30)
+        return torch.cat([pages.step(layer, x, **options) for x in hidden.split([17, 5, 8], 1)], 1)
+
     if dtype != torch.float64:
-        comparison.check(method="expanded")
+        check(steps(method="expanded"))
     if dtype in (torch.float32, torch.float64):
         monkeypatch.setattr("mla.nn.decode", exact_decode)
-    comparison.check(method="absorbed")
-    comparison.layer.merge_weights()
-    comparison.check(method="absorbed")
+    check(steps(method="absorbed"))
+    layer.merge_weights()
+    check(steps(method="absorbed"))
 
 
 @pytest.mark.parametrize("name", MODELS_OF_TRANSFORMERS)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -37,6 +39,17 @@ def check_size(name: str, value: int, least: int) -> int:
     if not least <= value <= INT32_MAX:
         raise wrong(name, value, f"{least} to 2^31 - 1")
     return value
+
+
+def check_scale(scale: object, name: str = "scale") -> float:
+    """Of the logits; a finite number."""
+    if isinstance(scale, Tensor):  # has __float__, which would wait for the device
+        raise TypeError(f"{name}: got a torch.Tensor, expected a number")
+    if not isinstance(scale, Real):
+        raise TypeError(f"{name}: got {scale!r}, expected a number")
+    if not math.isfinite(scale):
+        raise wrong(name, scale, "a finite number")
+    return float(scale)
 
 
 def check_dims(name: str, d_qk: int, d_v: int | None) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from . import expanded, log
 from .absorb import absorb_query, absorbed_bytes, expand_output
 from .api import decode
-from .checks import check_size, wrong
+from .checks import check_scale, check_size, wrong
 from .inputs import TensorOrPair
 from .prefill_choice import WORKSPACE_BYTES, Sizes, absorbed_at_once, check_method
 from .prefill_inputs import NewTokens
@@ -72,6 +72,7 @@ def prefill(
     Raises TypeError and ValueError for arguments that do not fit, and what `decode` raises.
     """
     new = NewTokens.of(q, kv_cache, block_table, seq_lens, cu_seqlens_q, w_kv_b)
+    scale = check_scale(scale)
     workspace_bytes = check_size("workspace_bytes", workspace_bytes, 1)
     check_method(method)
     if method == "expanded" and variant is not None:
@@ -82,6 +83,8 @@ def prefill(
     if plan is not None:
         if method is not None:
             raise wrong("plan", "a plan", "None with a method or a variant")
+        if not isinstance(plan, PrefillPlan):
+            raise TypeError(f"plan: got {type(plan).__name__}, expected an mla.PrefillPlan")
         plan.check_fits(sizes)
     most = new.shape[1] if cu_seqlens_q is None else sizes.tokens
     if plan is None and (method or not absorbed_at_once(sizes, most)) and method != "absorbed":
@@ -176,8 +179,8 @@ def _absorbed_step(
     q_latent, q_rope = absorb_query(new.q_nope[rows], w_uk), new.q_rope
     q_rope = None if q_rope is None else q_rope[rows]
     if cuts is None:
-        lse, q_latent = lse.view(new.shape), q_latent.view(*new.shape, -1)
-        q_rope = None if q_rope is None else q_rope.view(*new.shape, -1)
+        lse, q_latent = lse.view(new.shape), q_latent.view(*new.shape, new.dims.kv_lora)
+        q_rope = None if q_rope is None else q_rope.view(*new.shape, new.dims.rope)
     o_latent = decode(
         q_latent if q_rope is None else (q_latent, q_rope),
         new.kv_cache,

@@ -13,6 +13,7 @@ from .layer_config import Dims
 from .models import MODELS
 from .prefill_choice import WORKSPACE_BYTES, by_multiplications
 from .prefill_estimate import CUDNN_GPUS, Request, estimate
+from .prefill_inputs import check_layer
 from .prefill_times import Method, PrefillEstimate
 
 
@@ -91,7 +92,8 @@ def explain_prefill(
     TypeError and ValueError for sizes that are none.
     """
     new, cached = check_size("new", new, 1), check_size("cached", cached, 0)
-    chosen = replace(dims.dims, heads=check_size("heads", heads or dims.heads, 1))
+    check_layer(dims, dtype)
+    chosen = dims.dims if heads is None else replace(dims.dims, heads=check_size("heads", heads, 1))
     request = Request(
         chosen, dtype, check_size("b", b, 1), new, new + cached,
         check_size("page_size", page_size, 1), causal,

@@ -28,6 +28,14 @@ from .merge import COLUMNS
 WIDE_DTYPES = (torch.float32,)
 
 
+def check_layer(dims: Dims, dtype: torch.dtype) -> None:
+    """TypeError unless `prefill` takes them."""
+    if not isinstance(dims, Dims):
+        raise TypeError(f"dims: got {type(dims).__name__}, expected mla.models' or a LayerConfig's")
+    if dtype not in (*DTYPES, *WIDE_DTYPES):
+        raise TypeError(f"dtype: got {dtype}, expected torch.bfloat16 or torch.float16")
+
+
 class _Kind(NamedTuple):
     """What is known of a call once it was checked."""
 
@@ -116,6 +124,8 @@ def _checked(
     check_tensor("q" if q_rope is None else "q_nope", q_nope)
     if q_nope.dtype not in (*DTYPES, *WIDE_DTYPES):
         raise TypeError(f"q: got {q_nope.dtype}, expected torch.bfloat16 or torch.float16")
+    check_tensor("kv_cache" if rope_cache is None else "latent", cache)
+    check_tensor("w_kv_b", w_kv_b)
     rows = {"q_rope": q_rope, "latent": cache, "rope": rope_cache, "w_kv_b": w_kv_b}
     for name, tensor in rows.items():
         if tensor is not None:

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from . import expanded_steps
-from .checks import DTYPES, check_index, check_lengths, check_size, check_tensor, wrong
+from .checks import check_index, check_lengths, check_size, check_tensor, wrong
 from .expanded_steps import Steps
 from .layer_config import Dims
 from .prefill_choice import WORKSPACE_BYTES, Sizes, cheaper_of, check_method
-from .prefill_inputs import WIDE_DTYPES
+from .prefill_inputs import check_layer
 from .prefill_times import Method
 
 
@@ -80,9 +80,8 @@ def plan_prefill(
     Raises TypeError and ValueError for arguments that do not fit.
     """
     check_tensor("seq_lens", seq_lens)
+    check_layer(dims, dtype)
     device = seq_lens.device
-    if dtype not in (*DTYPES, *WIDE_DTYPES):
-        raise TypeError(f"dtype: got {dtype}, expected torch.bfloat16 or torch.float16")
     check_lengths(seq_lens, cu_seqlens_q, None, device)
     check_index("block_table", block_table, (len(seq_lens), None), device, "[{}, max_pages]")
     check_method(method)
@@ -93,7 +92,9 @@ def plan_prefill(
         step = check_size("s", s, 0)
         cuts, tokens = [i * step for i in range(b + 1)], b * step
     else:
-        raise ValueError("s: expected it, or else cu_seqlens_q and tokens")
+        names = {"s": s, "cu_seqlens_q": cu_seqlens_q, "tokens": tokens}
+        got = ", ".join(name for name, value in names.items() if value is not None) or "none"
+        raise wrong("s, cu_seqlens_q, tokens", got, "s, or else cu_seqlens_q and tokens")
     sizes = Sizes(
         dims.dims, dtype, device, b, tokens,
         block_table.shape[1], check_size("num_pages", num_pages, 0),

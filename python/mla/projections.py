@@ -157,14 +157,16 @@ class Projections(nn.Module):
         """Of a projection [.., heads * columns], those before the rope columns, and these rotated.
         Positions beyond cos_sin count as its last; their tokens have no place in the cache."""
         c, rotary, table = self.config, self.config.rotary, self.cos_sin
-        q = self._grow(q.view(*positions.shape, c.heads, -1), positions)
+        columns = q.shape[-1] // c.heads
+        q = self._grow(q.view(*positions.shape, c.heads, columns), positions)
         if not c.rope:
             return q, None
         if rotary is None or table is None:
             return q[..., : -c.rope], q[..., -c.rope :]
         angles = table.index_select(0, positions.flatten().clamp(0, table.shape[0] - 1))
         rest, rope = rotated(q.flatten(0, -3), angles, interleaved=rotary.interleaved)
-        return rest.view(*q.shape[:-1], -1), rope.view(*q.shape[:-1], -1)
+        shape = q.shape[:-1]
+        return rest.view(*shape, columns - c.rope), rope.view(*shape, c.rope)
 
     def _grow(self, q: Tensor, positions: Tensor) -> Tensor:
         c = self.config
