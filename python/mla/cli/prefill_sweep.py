@@ -29,13 +29,11 @@ CACHED = (0, 512, 2048, 8192, 32768, 65536)
 ON_CPU = ((4,), (1, 48), (0, 100))
 DTYPE, PAGE_SIZE = torch.bfloat16, 64
 LONG_US, LONG_REPEAT = 10_000.0, 3  # calls that take longer are measured fewer times
-HOST_ROUNDS = 6  # others on the machine only add to the host's time, and for a while
-Calls = dict[Method, Callable[[], Any]]  # of a point
 METHOD = (
     "one request in bf16; both methods in turns; us: events around one call, plan before the "
     "clock, output allocation inside, after a read of 256 MB and a sleep on the device; host_us: "
-    "what the host needs to queue the same call, by its clock, the least of some rounds over all "
-    "points, to an idle device; plan_us: to make the plan"
+    "what the host needs to queue the same calls, by its clock, while the device sleeps; plan_us: "
+    "to make the plan"
 )
 ON_CPU_METHOD = "wall clock around one call"
 
@@ -87,14 +85,10 @@ def run(args: Namespace, device: torch.device) -> int:
     timer.warmups = 2 if on_gpu else 1
     heads, new, cached = (HEADS, NEW, CACHED) if on_gpu else ON_CPU
     inputs = Inputs(device, heads, max(new), max(new) + max(cached))
-    points, calls = [], []
+    points = []
     with torch.inference_mode(), make_progress() as progress:
         for h, s, n in progress.track(list(product(heads, new, cached)), description="points"):
-            point, of_point = _measured(inputs, timer, h, s, n)
-            points.append(point)
-            calls.append(of_point)
-        if on_gpu:
-            _measure_host(points, calls, device)
+            points.append(_measured(inputs, timer, h, s, n))
     console.print(_table(device, points))
     if args.json:
         write(args.json, points)
@@ -106,8 +100,8 @@ def run(args: Namespace, device: torch.device) -> int:
 
 def _measured(
     inputs: Inputs, timer: GpuTimer | CpuTimer, heads: int, new: int, cached: int
-) -> tuple[Point, Calls]:
-    calls: Calls = {}
+) -> Point:
+    calls: dict[str, Callable[[], Any]] = {}
     plan_us: dict[Method, float] = {}
     attention = ""
     for method in METHODS:
@@ -122,27 +116,11 @@ def _measured(
     usual = timer.repeat
     if max(timer.sample(call).us for call in calls.values()) > LONG_US:
         timer.repeat = min(usual, LONG_REPEAT)
-    times = measure(timer, {str(method): call for method, call in calls.items()})
+    times = measure(timer, calls)
     timer.repeat = usual
     us = {method: times[method].us for method in METHODS}
     host_us = {method: times[method].host_us for method in METHODS}
-    return Point(heads, new, cached, us, host_us, plan_us, attention), calls
-
-
-def _measure_host(points: Iterable[Point], calls: Iterable[Calls], device: torch.device) -> None:
-    """Instead of what the host took among the GPU's samples, by which those wait for it."""
-    work = [
-        (p.host_us, m, call)
-        for p, each in zip(points, calls, strict=True)
-        for m, call in each.items()
-    ]
-    for first in (True, *[False] * (HOST_ROUNDS - 1)):
-        for host_us, method, call in work:
-            torch.cuda.synchronize(device)
-            start = perf_counter()
-            call()
-            us = (perf_counter() - start) * 1e6
-            host_us[method] = us if first else min(us, host_us[method])
+    return Point(heads, new, cached, us, host_us, plan_us, attention)
 
 
 def _table(device: torch.device, points: list[Point]) -> Table:
