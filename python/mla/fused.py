@@ -41,8 +41,7 @@ def cudnn(q: Tensor, rows: Tensor, scale: float, causal: bool) -> State:
     """
     n, h, d = q.shape
     k, v = rows.transpose(0, 1).unsqueeze(0).split_with_sizes((d, rows.shape[2] - d), -1)
-    # By its overload's name: finding it takes torch as long as the call.
-    o, lse = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
+    o, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
         q.transpose(0, 1).unsqueeze(0), k, v, None, True, 0.0, causal, False, scale=scale
     )[:2]
     return State(o.squeeze(0).transpose(0, 1), lse.view(h, n).T)
@@ -78,7 +77,7 @@ def flash(q: Tensor, rows: Tensor, ragged: Ragged, scale: float, causal: bool) -
     columns of what it returns mean nothing.
     """
     d, d_v = q.shape[-1], rows.shape[-1] - q.shape[-1]
-    o, lse = torch.ops.aten._flash_attention_forward.default(
+    o, lse = torch.ops.aten._flash_attention_forward(
         q, rows[..., :d], rows[..., d_v:], ragged.cuts_q, ragged.cuts_k, ragged.most_q,
         ragged.most_k, 0.0, causal, False, scale=scale,
     )[:2]  # fmt: skip
@@ -89,7 +88,7 @@ def efficient(q: Tensor, rows: Tensor, ragged: Ragged, scale: float, causal: boo
     """As cudnn, for several requests; causal: the last query of a request sees all its keys, each
     one before it one fewer."""
     d = q.shape[-1]
-    o, lse = torch.ops.aten._efficient_attention_forward.default(
+    o, lse = torch.ops.aten._efficient_attention_forward(
         q[None], rows[None, ..., :d], rows[None, ..., d:], None, ragged.cuts_q, ragged.cuts_k,
         ragged.most_q, ragged.most_k, 0.0, 2 if causal else 0, True, scale=scale,
     )[:2]  # fmt: skip
