@@ -92,8 +92,13 @@ def test_the_kernel_is_told_what_append_would_tell_it(
     assert mine == wanted
 
 
-def test_the_kernel_is_not_asked_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("tokens", "columns"), [(0, 24), (3, 20)])
+def test_the_kernel_is_not_asked_for_what_it_lacks(
+    tokens: int, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No rows, or such that do not start at multiples of 16 bytes."""
     monkeypatch.setattr(query_rows, "facts", lambda device: by_name("H200"))
-    rest, rope = rotated(torch.zeros(0, 4, 56).half(), torch.zeros(0, 32), interleaved=True)
-    assert rest.shape == (0, 4, 24)
-    assert rope.shape == (0, 4, 32)
+    q, angles = torch.randn(tokens, 4, columns + 32).half(), torch.randn(tokens, 32)
+    rest, rope = rotated(q, angles, interleaved=True)
+    assert torch.equal(rest, q[..., :columns])
+    assert torch.equal(rope, rotate(q[..., columns:], angles[:, None], interleaved=True))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _mla, launch
+from .append_inputs import COLUMNS
 from .checks import DTYPES
 from .device import facts
 from .rope import rotate
@@ -21,7 +22,7 @@ def rotated(q: Tensor, cos_sin: Tensor, *, interleaved: bool) -> tuple[Tensor, T
     r, n = cos_sin.shape[1], q.shape[2] - cos_sin.shape[1]
     rows = torch.empty_like(q, memory_format=torch.contiguous_format)
     rope, rest = rows.split_with_sizes((r, n), -1)
-    if facts(q.device).type == "cuda" and q.dtype in DTYPES:
+    if facts(q.device).type == "cuda" and q.dtype in DTYPES and n % COLUMNS == 0:
         if q.numel():
             _launch(q, rows, cos_sin, n, r, interleaved)
     else:
