@@ -12,8 +12,8 @@ from .inputs import TensorOrPair, parts
 from .plan import Plan
 from .prefill import prefill
 from .prefill_choice import WORKSPACE_BYTES, Sizes, absorbed_at_once, check_method
-from .prefill_estimate import Method
 from .prefill_plan import PrefillPlan
+from .prefill_times import Method
 from .projections import Projections, linear
 
 __all__ = ["MultiHeadLatentAttention"]

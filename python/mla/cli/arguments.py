@@ -103,6 +103,9 @@ def _bench(parser: ArgumentParser) -> None:
         action="store_true",
         help="instead of cases: tokens/s of a stack of layers, prompts and generation",
     )
+    instead.add_argument(
+        "--append", action="store_true", help="instead of cases: new rows into the cache"
+    )
     parser.add_argument("--repeat", type=positive, help="samples (default: 20, on a CPU 3)")
     parser.add_argument("--dtype", type=dtype_name, help="instead of the cases' own")
     parser.add_argument("--page-size", type=positive, help="instead of the cases' own")

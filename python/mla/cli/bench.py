@@ -14,7 +14,7 @@ from mla import dispatch
 from mla.checks import D_V
 from mla.variants import VARIANTS
 
-from . import host, prefill_sweep, prompt
+from . import append_sweep, host, prefill_sweep, prompt
 from .arguments import UsageError
 from .calls import HEURISTIC, call, pick, requested
 from .cases import Case, CasePool, load_cases, with_overrides
@@ -47,6 +47,8 @@ def run(args: Namespace) -> int:
         return prefill_sweep.run(args, device)
     if args.prompt:
         return prompt.run(args, device)
+    if args.append:
+        return append_sweep.run(args, device)
     cases = _select(args, device)
     on_gpu = device.type == "cuda"
     timer = GpuTimer(device, args.repeat or 20) if on_gpu else CpuTimer(args.repeat or 3)
