@@ -9,8 +9,8 @@
 
 #include "append.h"
 #include "bind_calls.h"
+#include "bind_choice.h"
 #include "bind_params.h"
-#include "cut.h"
 #include "driver.h"
 #include "host_schedule.h"
 #include "images.h"
@@ -123,13 +123,6 @@ Record host_schedule(const std::vector<int32_t>& seq_lens, const std::optional<s
 
 // ---- Errors ----
 
-nb::typed<nb::tuple, int32_t, int64_t, int64_t, int32_t, double, double, bool, double, double> cut(
-    int64_t b, int64_t rows, int64_t length, int32_t block_rows, int32_t block_n, int32_t num_workers) {
-  const EqualCut c = cut_equal(b, rows, length, block_rows, block_n, num_workers);
-  return nb::make_tuple(c.group_size, c.kv_rows, c.query_rows, c.filled_rows, c.longest, c.further_items, c.long_items,
-                        c.further_parts, c.partial_rows);
-}
-
 void bind_errors(nb::module_& m) {
   static PyObject* cuda_error = nullptr;
   const std::string name = nb::cast<std::string>(m.attr("__name__")) + ".CudaError";
@@ -161,6 +154,7 @@ NB_MODULE(_mla, m) {
   bind_errors(m);
   bind_params(m);
   bind_calls(m);
+  bind_choice(m);
 
   m.attr("ITEM_OVERHEAD_TOKENS") = schedule::kItemOverheadTokens;
   m.attr("MIN_GROUP_TOKENS") = schedule::kMinGroupTokens;
@@ -201,9 +195,6 @@ NB_MODULE(_mla, m) {
   m.def("schedule", &host_schedule, "seq_lens"_a, "cu_seqlens_q"_a.none(), "s_q"_a, "total_q"_a, "h_q"_a, "max_len"_a,
         "block_rows"_a, "block_n"_a, "merges_pairs"_a, "num_workers"_a, "batch_invariant"_a = false,
         "The schedule that launch_plan would write, made on the host, with the pieces that it gives each worker.");
-
-  m.def("cut", &cut, "b"_a, "rows"_a, "length"_a, "block_rows"_a, "block_n"_a, "num_workers"_a,
-        "What a schedule is for requests of one length: the fields of EqualCut in src/cut.h.");
 
   m.def(
       "preload", [](int device, std::string_view variant) { preload(find_variant(variant), device); }, "device"_a,

@@ -1,12 +1,12 @@
 #include "prepared.h"
 
-#include <nanobind/stl/string_view.h>
-
 #include <cmath>
 #include <memory>
+#include <optional>
 #include <unordered_map>
 #include <utility>
 
+#include "chooser.h"
 #include "kind.h"
 #include "prepare.h"
 #include "queue.h"
@@ -23,8 +23,7 @@ constexpr size_t kMaxPrepared = 4096;
 // Calls that differ in sizes only: what Python decided for the last of them that it saw.
 struct Kind {
   Decision decision;
-  nb::object
-      choose;  // the name of the variant, of (b, s_q, total_q, max_pages, max_seq_len); None if it is the same for all
+  std::optional<Chooser> chooser;  // none if the variant is the same for all
 };
 
 struct HashKey {
@@ -107,11 +106,10 @@ std::shared_ptr<const Prepared> prepare_alike(const Arguments& arguments, const 
   const std::shared_ptr<const Kind> kind = found->second;
   Decision decision = kind->decision;
   if (!read_sizes(call, decision.sizes)) return {};
-  if (!kind->choose.is_none()) {
-    const Lengths& lengths = decision.sizes.lengths;
-    const nb::object name = kind->choose(lengths.num_requests, lengths.s_q, lengths.total_q,
-                                         call.tensors[kBlockTable].size(1), call.max_seq_len);
-    decision.variant = &find_variant(nb::cast<std::string_view>(name));
+  if (kind->chooser) {
+    const Lengths& l = decision.sizes.lengths;
+    decision.variant = &kind->chooser->fastest(
+        {l.num_requests, l.total_q, l.h_q, l.max_len, call.tensors[kKv].size(1), call.max_seq_len});
   }
   const auto made = std::make_shared<Prepared>();
   prepare(decision, arguments, call, *made);
@@ -136,14 +134,16 @@ nb::object decode_prepared(const Arguments& arguments) {
 }
 
 nb::object decode_first(const Arguments& arguments, const Variant& variant, Dtype dtype, int device,
-                        const DecodeParams& sizes, nb::handle choose) {
+                        const DecodeParams& sizes, nb::handle chooser) {
   Call call;
   read_checked(arguments, call);
   const Decision decision{&variant, dtype, device, sizes};
   const auto made = std::make_shared<Prepared>();
   prepare(decision, arguments, call, *made);
   keep(call, made);
-  tables().kinds[kind_of(arguments, call)] = std::make_shared<Kind>(Kind{decision, nb::borrow(choose)});
+  auto kind = std::make_shared<Kind>(Kind{decision, {}});
+  if (!chooser.is_none()) kind->chooser = nb::cast<const Chooser&>(chooser);
+  tables().kinds[kind_of(arguments, call)] = kind;
   return queue(*made, call);
 }
 

@@ -185,5 +185,4 @@ print(json.dumps([entered(3, 4), entered(2, 4), _mla.num_prepared()]))
     kind, sizes, prepared = json.loads(run(script, prologue=AS_H200).printed)
     assert prepared == 3
     assert len(kind) <= 120
-    assert sizes[:2] == ["decode", "name"]  # the second names the variant
-    assert len(sizes) <= 45  # nine rows, a few functions each
+    assert sizes == ["decode"]
