@@ -209,13 +209,10 @@ NB_MODULE(_mla, m) {
       "Writes the schedule for params' lengths, num_workers and batch_invariant to params.plan.");
   m.def(
       "launch_decode",
-      [](std::string_view variant, std::string_view dtype, const DecodeParams& params, bool behind_planner, int device,
-         uintptr_t stream) {
-        launch_decode(find_variant(variant), find_dtype(dtype), params, behind_planner, device, stream);
-      },
-      "variant"_a, "dtype"_a, "params"_a, "behind_planner"_a, "device"_a, "stream"_a,
-      "Runs the variant's kernel by params.plan, then combines what was split. `behind_planner`: the launch before in "
-      "the stream was launch_plan's.");
+      [](std::string_view variant, std::string_view dtype, const DecodeParams& params, bool plans, int device,
+         uintptr_t stream) { launch_decode(find_variant(variant), find_dtype(dtype), params, plans, device, stream); },
+      "variant"_a, "dtype"_a, "params"_a, "plans"_a, "device"_a, "stream"_a,
+      "Runs the variant's kernel by params.plan, which it writes first if `plans`, then combines what was split.");
   m.def("launch_append", &launch_append, "dtype"_a, "addresses"_a, "strides"_a, "sizes"_a, "interleaved"_a, "device"_a,
         "stream"_a,
         "Writes rows of new tokens into a paged cache. What stands where: AppendAddresses, AppendStrides and "

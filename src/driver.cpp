@@ -46,6 +46,7 @@ std::string look_up_calls(Driver& calls, decltype(&::cuGetProcAddress) get_addre
 #define X(call, since) look_up(calls.call, since);
   MLA_OPTIONAL_DRIVER_CALLS(X)
 #undef X
+  look_up(calls.add_graph_dependencies, 12030);
   return missing;
 }
 

@@ -88,12 +88,8 @@ nb::object queue(const Prepared& prepared, const Call& call) {
     set(p.o_partial, scratch.data + prepared.schedule_bytes);
     set(p.lse2_partial, scratch.data + prepared.schedule_bytes + prepared.partials_bytes);
   }
-  if (call.plan) {
-    p.plan = call.plan->address();
-  } else {
-    set(p.plan, scratch.data);
-    queue_plan(*prepared.variant, p, prepared.device, stream);
-  }
+  if (call.plan) p.plan = call.plan->address();
+  else set(p.plan, scratch.data);
   queue_decode(*prepared.variant, prepared.dtype, p, !call.plan, prepared.device, stream);
   return call.return_lse ? nb::make_tuple(out, lse) : out;
 }

@@ -18,7 +18,7 @@ void launch_stream(uintptr_t address, int64_t bytes, uintptr_t sum, int ctas, in
   if (ctas < 1) throw std::invalid_argument("ctas must be positive");
   const ContextGuard guard(device);
   launch_kernel(get_kernel("stream", "mla_stream", device, Occupancy::any), static_cast<unsigned>(ctas), kStreamThreads,
-                stream, Start::after_kernel_before, address, bytes / kVectorBytes, sum);
+                stream, address, bytes / kVectorBytes, sum);
 }
 
 }  // namespace mla

@@ -1,7 +1,7 @@
 // A stand-in for libcuda.so.1: enough of the driver to see, without a GPU, what the extension would do with one.
 //
 // It has two devices. Every call that changes something is appended to $FAKE_CUDA_LOG, one JSON object a line. Knobs:
-//   FAKE_CUDA_VERSION   what cuDriverGetVersion says (default 12000)
+//   FAKE_CUDA_VERSION   what cuDriverGetVersion says (default 12030)
 //   FAKE_CUDA_FAIL      "<call>=<code>": that call fails
 //   FAKE_CUDA_LACKS     a call that it does not have
 //   FAKE_CUDA_CAPTURING 1: streams are being captured
@@ -13,17 +13,22 @@
 #include <cstdlib>
 #include <cstring>
 #include <map>
+#include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "common/append.h"
 #include "common/merge.h"
 #include "common/parts.h"
+#include "fake_graphs.h"
 
 namespace {
 
 constexpr int kDevices = 2;
 constexpr unsigned kFatbinMagic = 0xBA55ED50;
+constexpr uintptr_t kUrgentStream = 99;  // of a higher priority than others
+thread_local CUstreamCaptureMode capture_mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
 
 struct FakeKernel {
   std::string name;
@@ -59,6 +64,11 @@ int smem(int which) {
   int values[2] = {228 * 1024, 227 * 1024};
   if (const char* given = getenv("FAKE_CUDA_SMEM")) sscanf(given, "%d,%d", &values[0], &values[1]);
   return values[which];
+}
+
+int version() {
+  const char* given = getenv("FAKE_CUDA_VERSION");
+  return given ? atoi(given) : 12030;
 }
 
 int compute_capability() {
@@ -199,26 +209,76 @@ CUresult fake_cuStreamIsCapturing(CUstream, CUstreamCaptureStatus* status) {
   *status = given && atoi(given) ? CU_STREAM_CAPTURE_STATUS_ACTIVE : CU_STREAM_CAPTURE_STATUS_NONE;
   return CUDA_SUCCESS;
 }
-CUresult fake_cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** parameters, void**) {
-  const FakeKernel& kernel = *reinterpret_cast<FakeKernel*>(function);
-  const int device = current_device();
-  if (device < 0) return CUDA_ERROR_INVALID_CONTEXT;
-  const bool flat = config->gridDimY == 1 && config->gridDimZ == 1 && config->blockDimY == 1 && config->blockDimZ == 1;
-  if (!flat || !config->gridDimX || static_cast<int>(config->sharedMemBytes) > kernel.max_smem[device])
-    return CUDA_ERROR_INVALID_VALUE;
-  bool beside = false;  // the kernel before
-  for (unsigned i = 0; i < config->numAttrs; ++i) {
-    const CUlaunchAttribute& attribute = config->attrs[i];
-    if (attribute.id != CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION || compute_capability() < 90)
-      return CUDA_ERROR_INVALID_VALUE;
-    beside = attribute.value.programmaticStreamSerializationAllowed;
-  }
+CUresult fake_cuStreamGetPriority(CUstream stream, int* priority) {
+  *priority = reinterpret_cast<uintptr_t>(stream) == kUrgentStream ? -5 : 0;
+  return CUDA_SUCCESS;
+}
+CUresult fake_cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* mode) {
+  std::swap(*mode, capture_mode);
+  return CUDA_SUCCESS;
+}
+std::string list_parameters(const FakeKernel& kernel, void** parameters) {
   std::string values;
   const std::vector<size_t> sizes = parameter_sizes(kernel.name);
-  for (size_t i = 0; i < sizes.size(); ++i) values += (i ? "\", \"" : "") + hex(parameters[i], sizes[i]);
-  log(R"({"call": "launch", "kernel": "%s", "device": %d, "grid": %u, "block": %u, "smem": %u, "stream": %llu, "beside": %s, "parameters": ["%s"]})",
-      kernel.name.c_str(), device, config->gridDimX, config->blockDimX, config->sharedMemBytes,
-      reinterpret_cast<unsigned long long>(config->hStream), beside ? "true" : "false", values.c_str());
+  for (size_t i = 0; i < sizes.size(); ++i) values += (i ? "\", \"" : "\"") + hex(parameters[i], sizes[i]);
+  return values + "\"";
+}
+// `graph`: its number; 0: by itself.
+CUresult launch(const FakeLaunch& launch, CUstream stream, int graph) {
+  const FakeKernel& kernel = *reinterpret_cast<FakeKernel*>(launch.kernel);
+  const int device = current_device();
+  if (device < 0) return CUDA_ERROR_INVALID_CONTEXT;
+  if (!launch.grid || static_cast<int>(launch.smem) > kernel.max_smem[device]) return CUDA_ERROR_INVALID_VALUE;
+  if (launch.beside && compute_capability() < 90) return CUDA_ERROR_INVALID_VALUE;
+  log(R"({"call": "launch", "kernel": "%s", "device": %d, "grid": %u, "block": %u, "smem": %u, "stream": %llu, "beside": %s, "graph": %d, "priority": %d, "parameters": [%s]})",
+      kernel.name.c_str(), device, launch.grid, launch.block, launch.smem, reinterpret_cast<unsigned long long>(stream),
+      launch.beside ? "true" : "false", graph, launch.priority, launch.parameters.c_str());
+  return CUDA_SUCCESS;
+}
+CUresult fake_cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** parameters, void**) {
+  const FakeKernel& kernel = *reinterpret_cast<FakeKernel*>(function);
+  const bool flat = config->gridDimY == 1 && config->gridDimZ == 1 && config->blockDimY == 1 && config->blockDimZ == 1;
+  if (!flat) return CUDA_ERROR_INVALID_VALUE;
+  bool beside = false;
+  for (unsigned i = 0; i < config->numAttrs; ++i) {
+    const CUlaunchAttribute& attribute = config->attrs[i];
+    if (attribute.id != CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION) return CUDA_ERROR_INVALID_VALUE;
+    beside = attribute.value.programmaticStreamSerializationAllowed;
+  }
+  return launch({reinterpret_cast<CUkernel>(function), config->gridDimX, config->blockDimX, config->sharedMemBytes,
+                 beside, list_parameters(kernel, parameters), 0},
+                config->hStream, 0);
+}
+bool read_node(const CUDA_KERNEL_NODE_PARAMS& node, FakeLaunch& launch) {
+  if (!node.kern || node.gridDimY != 1 || node.gridDimZ != 1 || node.blockDimY != 1 || node.blockDimZ != 1)
+    return false;
+  launch.kernel = node.kern;
+  launch.grid = node.gridDimX;
+  launch.block = node.blockDimX;
+  launch.smem = node.sharedMemBytes;
+  launch.parameters = list_parameters(*reinterpret_cast<FakeKernel*>(node.kern), node.kernelParams);
+  return true;
+}
+CUresult fake_cuGraphAddKernelNode(CUgraphNode* node, CUgraph graph, const CUgraphNode*, size_t before,
+                                   const CUDA_KERNEL_NODE_PARAMS* params) {
+  auto made = std::make_unique<FakeNode>();
+  if (before || capture_mode != CU_STREAM_CAPTURE_MODE_RELAXED || !read_node(*params, made->launch))
+    return CUDA_ERROR_INVALID_VALUE;
+  *node = reinterpret_cast<CUgraphNode>(made.get());
+  graph_of(graph)->nodes.push_back(std::move(made));
+  return CUDA_SUCCESS;
+}
+CUresult fake_cuGraphExecKernelNodeSetParams(CUgraphExec executable, CUgraphNode node,
+                                             const CUDA_KERNEL_NODE_PARAMS* params) {
+  log(R"({"call": "cuGraphExecKernelNodeSetParams", "graph": %d, "kernel": "%s"})", executable_of(executable)->number,
+      reinterpret_cast<FakeKernel*>(params->kern)->name.c_str());
+  return read_node(*params, executable_of(executable)->launches.at(node_of(node))) ? CUDA_SUCCESS
+                                                                                   : CUDA_ERROR_INVALID_VALUE;
+}
+CUresult fake_cuGraphLaunch(CUgraphExec executable, CUstream stream) {
+  const FakeExecutable& graph = *executable_of(executable);
+  for (const FakeNode* node : graph.order)
+    if (const CUresult result = launch(graph.launches.at(node), stream, graph.number)) return result;
   return CUDA_SUCCESS;
 }
 
@@ -234,13 +294,12 @@ void* pick(const char* name, CUresult (*call)(Args...)) {
 
 }  // namespace
 
-extern "C" CUresult cuDriverGetVersion(int* version) {
-  const char* given = getenv("FAKE_CUDA_VERSION");
-  *version = given ? atoi(given) : 12000;
+extern "C" CUresult cuDriverGetVersion(int* found) {
+  *found = version();
   return CUDA_SUCCESS;
 }
 
-extern "C" CUresult cuGetProcAddress_v2(const char* name, void** address, int, cuuint64_t,
+extern "C" CUresult cuGetProcAddress_v2(const char* name, void** address, int since, cuuint64_t,
                                         CUdriverProcAddressQueryResult*) {
   *address = nullptr;
   if (const char* lacking = getenv("FAKE_CUDA_LACKS"); lacking && !strcmp(name, lacking)) return CUDA_ERROR_NOT_FOUND;
@@ -263,6 +322,16 @@ extern "C" CUresult cuGetProcAddress_v2(const char* name, void** address, int, c
   FAKE(cuKernelSetAttribute)
   FAKE(cuTensorMapEncodeTiled)
   FAKE(cuLaunchKernelEx)
+  FAKE(cuStreamGetPriority)
+  FAKE(cuThreadExchangeStreamCaptureMode)
+  FAKE(cuGraphCreate)
+  FAKE(cuGraphAddKernelNode)
+  FAKE(cuGraphKernelNodeSetAttribute)
+  FAKE(cuGraphInstantiateWithFlags)
+  FAKE(cuGraphExecKernelNodeSetParams)
+  FAKE(cuGraphLaunch)
 #undef FAKE
+  // Its form with data of edges, which drivers before 12.3 do not have.
+  if (!strcmp(name, "cuGraphAddDependencies") && version() >= since) *address = pick(name, fake_cuGraphAddDependencies);
   return *address ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
 }
