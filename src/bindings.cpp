@@ -219,6 +219,10 @@ NB_MODULE(_mla, m) {
         "AppendSizes of src/append.h.");
   m.def("launch_stream", &launch_stream, "address"_a, "bytes"_a, "sum"_a, "ctas"_a, "device"_a, "stream"_a,
         "Reads memory once, as benchmarks' floor, and adds its 32-bit words by exclusive or to the one at `sum`.");
+  m.def("launch_empty", &launch_empty, "beside"_a, "device"_a, "stream"_a,
+        "Launches a kernel that does nothing, beside the kernel before or behind it.");
+  m.def("queue_empty", &queue_empty, "launches"_a, "device"_a, "stream"_a,
+        "Queues 1 to 3 of them as mla.decode queues its launches, with other parameters than before.");
   m.def("launch_merge", &launch_merge, "dtype"_a, "addresses"_a, "strides"_a, "sizes"_a, "d"_a, "device"_a, "stream"_a,
         "Merges two attention states: o_a, o_b, out, then lse_a, lse_b, lse. Rows of `d` columns in three dimensions.");
 }

@@ -132,6 +132,8 @@ int compute_capability(int device) {
   return capability;
 }
 
+bool overlaps_launches(int device) { return compute_capability(device) >= 90; }
+
 bool capturing(int device, uintptr_t stream) {
   const ContextGuard guard(device);  // the default stream is that of the current context
   CUstreamCaptureStatus status;
@@ -139,12 +141,15 @@ bool capturing(int device, uintptr_t stream) {
   return status != CU_STREAM_CAPTURE_STATUS_NONE;
 }
 
-ContextGuard::ContextGuard(int device) {
-  const CUcontext wanted = primary_context(device);
+bool is_current(int device) {
   CUcontext current = nullptr;
   driver().cuCtxGetCurrent(&current);
-  if (current == wanted) return;
-  driver().cuCtxPushCurrent(wanted);
+  return current == primary_context(device);
+}
+
+ContextGuard::ContextGuard(int device) {
+  if (is_current(device)) return;
+  driver().cuCtxPushCurrent(primary_context(device));
   pushed_ = true;
 }
 

@@ -91,8 +91,14 @@ int driver_version();
 // Of a device, as 90 for 9.0.
 int compute_capability(int device);
 
+// Whether a device has programmatic dependent launch: a kernel may start while the one before still runs.
+bool overlaps_launches(int device);
+
 // Whether a stream is being captured into a graph.
 bool capturing(int device, uintptr_t stream);
+
+// Whether the primary context of a device is this thread's current one.
+bool is_current(int device);
 
 // Makes the primary context of a device, which is PyTorch's too, current for the life of the guard. A thread that has
 // launched nothing yet has no current context, and one that works on another device has another.

@@ -12,9 +12,6 @@
 namespace mla {
 namespace {
 
-// Programmatic dependent launch: a kernel may start while the one before still runs.
-bool overlaps_launches(int device) { return compute_capability(device) >= 90; }
-
 // An entry point of the two images that differ in whether they have the instructions for it.
 const Kernel& common_kernel(const char* name, const std::string& entry, int device) {
   return get_kernel(std::string(name) + (overlaps_launches(device) ? "_sm90" : "_sm80"), entry, device, Occupancy::any);
@@ -39,12 +36,11 @@ const DecodeKernels& decode_kernels(const Variant& variant, Dtype dtype, int dev
   const std::tuple key(device, &variant, dtype);
   if (const auto found = all.find(key); found != all.end()) return found->second;
   const bool overlaps = overlaps_launches(device);
-  const auto start = [](bool beside) { return beside ? Start::beside_kernel_before : Start::after_kernel_before; };
   return all
       .emplace(key, DecodeKernels{&get_kernel(variant.name, decode_entry(variant, dtype), device,
                                               Occupancy::one_block_per_sm, variant.smem_bytes),
                                   &common_kernel("combine", combine_entry(variant, dtype), device),
-                                  start(overlaps && waits_for_plan(variant)), start(overlaps)})
+                                  start_of(overlaps && waits_for_plan(variant)), start_of(overlaps)})
       .first->second;
 }
 

@@ -12,6 +12,7 @@ namespace mla {
 
 // Beside it: by programmatic dependent launch. The kernel waits for the one before by itself.
 enum class Start { after_kernel_before, beside_kernel_before };
+inline Start start_of(bool beside) { return beside ? Start::beside_kernel_before : Start::after_kernel_before; }
 
 struct KernelLaunch {
   static constexpr int kMaxArguments = 5;

@@ -50,8 +50,9 @@ void set(T*& field, uintptr_t address) {
   field = reinterpret_cast<T*>(address);
 }
 
-nb::object result(nb::handle given, const Allocation& otherwise) {
-  return given.is_none() ? torch::empty_strided(otherwise.arguments, otherwise.options) : nb::borrow(given);
+// An output that the caller gave, or one that is made.
+Made output(nb::handle given, const TensorView& view, const Allocation& otherwise) {
+  return given.is_none() ? allocate(otherwise) : Made{nb::borrow(given), view.data};
 }
 
 nb::object queue(const Prepared& prepared, const Call& call) {
@@ -69,13 +70,11 @@ nb::object queue(const Prepared& prepared, const Call& call) {
   set(p.block_table, tensors[kBlockTable].data);
   p.scale_log2 = static_cast<float>(call.scale * M_LOG2E);
 
-  const nb::object out = result(call.out, prepared.out);
-  set(p.out, call.out.is_none() ? torch::address_of(out) : tensors[kOut].data);
-  nb::object lse = nb::none();
-  if (call.return_lse || !call.lse.is_none()) {
-    lse = result(call.lse, prepared.lse);
-    set(p.lse, call.lse.is_none() ? torch::address_of(lse) : tensors[kLse].data);
-  }
+  const Made out = output(call.out, tensors[kOut], prepared.out);
+  set(p.out, out.data);
+  Made lse{nb::none(), 0};
+  if (call.return_lse || !call.lse.is_none()) lse = output(call.lse, tensors[kLse], prepared.lse);
+  set(p.lse, lse.data);
 
   const uintptr_t stream = torch::current_stream(prepared.device);
   Scratch scratch;
@@ -91,7 +90,7 @@ nb::object queue(const Prepared& prepared, const Call& call) {
   if (call.plan) p.plan = call.plan->address();
   else set(p.plan, scratch.data);
   queue_decode(*prepared.variant, prepared.dtype, p, !call.plan, prepared.device, stream);
-  return call.return_lse ? nb::make_tuple(out, lse) : out;
+  return call.return_lse ? nb::make_tuple(out.tensor, lse.tensor) : out.tensor;
 }
 
 // A call that is like one that Python saw but for its sizes, if they are clearly right.
