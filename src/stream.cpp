@@ -15,7 +15,7 @@ constexpr int kStreamThreads = 512;  // of stream.cu
 constexpr int64_t kVectorBytes = 16;
 constexpr unsigned kEmptyThreads = 32;
 
-const Kernel& empty_kernel(int device) { return get_kernel("stream", "mla_empty", device, Occupancy::any); }
+const Kernel& empty_kernel(int device) { return get_kernel("empty", "mla_empty", device, Occupancy::any); }
 
 }  // namespace
 

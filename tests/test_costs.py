@@ -11,7 +11,7 @@ from typing import Any
 
 import mla
 import pytest
-from mla import _mla, costs, costs_file, device, dispatch, estimate, tuned
+from mla import _mla, costs, costs_file, device, dispatch, tuned
 from mla.costs_file import Costs
 from mla.device import Device, by_name
 

@@ -1,11 +1,7 @@
-// What `mla bench` measures beside decode.
-//
-// mla_stream reads memory once, with several 16-byte loads of each thread under way, and does nothing else that takes time: what `mla bench` holds
+// Reads memory once, with several 16-byte loads of each thread under way, and does nothing else that takes time: what `mla bench` holds
 // decode against. On an H200 no way to read KV was more than 4 % faster: 1,048,576 tokens took 266 us by bulk copies into shared memory,
 // and 269 (a loose program) to 278 (`mla bench`) this way.
 #include <cstdint>
-
-#include "params.h"
 
 namespace mla {
 
@@ -39,6 +35,3 @@ extern "C" __global__ void __launch_bounds__(mla::kStreamThreads)
     if (threadIdx.x == 0) atomicXor(sum, words);
   }
 }
-
-// Does nothing, with the parameters of a decode kernel: what a launch costs.
-extern "C" __global__ void mla_empty(const __grid_constant__ mla::DecodeParams) {}
