@@ -8,97 +8,15 @@
 //   FAKE_CUDA_SMEM      "<bytes per SM>,<bytes per block, opt-in>" (default: those of an H100)
 #include <cuda.h>
 
-#include <cstdarg>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
-#include <memory>
 #include <string>
 #include <utility>
-#include <vector>
 
-#include "common/append.h"
-#include "common/merge.h"
-#include "common/parts.h"
 #include "fake_graphs.h"
 
 namespace {
-
-constexpr int kDevices = 2;
-constexpr unsigned kFatbinMagic = 0xBA55ED50;
-constexpr uintptr_t kUrgentStream = 99;  // of a higher priority than others
-thread_local CUstreamCaptureMode capture_mode = CU_STREAM_CAPTURE_MODE_GLOBAL;
-
-struct FakeKernel {
-  std::string name;
-  int max_smem[kDevices] = {48 * 1024, 48 * 1024};  // dynamic, without opting in
-};
-
-int contexts[kDevices];                     // their addresses are the handles
-thread_local std::vector<CUcontext> stack;  // of current contexts
-
-__attribute__((format(printf, 1, 2))) void log(const char* format, ...) {
-  static FILE* file = fopen(getenv("FAKE_CUDA_LOG"), "a");
-  va_list args;
-  va_start(args, format);
-  vfprintf(file, format, args);
-  va_end(args);
-  fputc('\n', file);
-  fflush(file);
-}
-
-int failure(const char* call) {
-  const char* wanted = getenv("FAKE_CUDA_FAIL");
-  const size_t length = strlen(call);
-  return wanted && !strncmp(wanted, call, length) && wanted[length] == '=' ? atoi(wanted + length + 1) : 0;
-}
-
-int current_device() {
-  for (int i = 0; i < kDevices; ++i)
-    if (!stack.empty() && stack.back() == reinterpret_cast<CUcontext>(&contexts[i])) return i;
-  return -1;
-}
-
-int smem(int which) {
-  int values[2] = {228 * 1024, 227 * 1024};
-  if (const char* given = getenv("FAKE_CUDA_SMEM")) sscanf(given, "%d,%d", &values[0], &values[1]);
-  return values[which];
-}
-
-int version() {
-  const char* given = getenv("FAKE_CUDA_VERSION");
-  return given ? atoi(given) : 12030;
-}
-
-int compute_capability() {
-  const char* given = getenv("FAKE_CUDA_SM");
-  return given ? atoi(given) : 90;
-}
-
-// The sizes of a kernel's parameters, which the real driver reads from its machine code.
-std::vector<size_t> parameter_sizes(const std::string& kernel) {
-  using namespace mla;
-  if (kernel.rfind("mla_plan_parts", 0) == 0)
-    return {sizeof(Lengths), sizeof(schedule::Shape), sizeof(int32_t), sizeof(PlanHeader*), sizeof(parts::Limits)};
-  if (kernel.rfind("mla_plan", 0) == 0)
-    return {sizeof(Lengths), sizeof(schedule::Shape), sizeof(int32_t), sizeof(PlanHeader*)};
-  if (kernel.rfind("mla_combine", 0) == 0) return {sizeof(DecodeParams), sizeof(schedule::Shape)};
-  if (kernel.rfind("mla_append", 0) == 0) return {sizeof(AppendParams)};
-  if (kernel.rfind("mla_merge", 0) == 0) return {sizeof(MergeParams)};
-  if (kernel == "mla_stream") return {sizeof(void*), sizeof(int64_t), sizeof(void*)};
-  return {sizeof(DecodeParams)};
-}
-
-std::string hex(const void* data, size_t size) {
-  std::string text;
-  for (size_t i = 0; i < size; ++i) {
-    char digits[3];
-    snprintf(digits, sizeof digits, "%02x", static_cast<const unsigned char*>(data)[i]);
-    text += digits;
-  }
-  return text;
-}
 
 CUresult fake_cuInit(unsigned) {
   log(R"({"call": "cuInit"})");
@@ -215,70 +133,6 @@ CUresult fake_cuStreamGetPriority(CUstream stream, int* priority) {
 }
 CUresult fake_cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* mode) {
   std::swap(*mode, capture_mode);
-  return CUDA_SUCCESS;
-}
-std::string list_parameters(const FakeKernel& kernel, void** parameters) {
-  std::string values;
-  const std::vector<size_t> sizes = parameter_sizes(kernel.name);
-  for (size_t i = 0; i < sizes.size(); ++i) values += (i ? "\", \"" : "\"") + hex(parameters[i], sizes[i]);
-  return values + "\"";
-}
-// `graph`: its number; 0: by itself.
-CUresult launch(const FakeLaunch& launch, CUstream stream, int graph) {
-  const FakeKernel& kernel = *reinterpret_cast<FakeKernel*>(launch.kernel);
-  const int device = current_device();
-  if (device < 0) return CUDA_ERROR_INVALID_CONTEXT;
-  if (!launch.grid || static_cast<int>(launch.smem) > kernel.max_smem[device]) return CUDA_ERROR_INVALID_VALUE;
-  if (launch.beside && compute_capability() < 90) return CUDA_ERROR_INVALID_VALUE;
-  log(R"({"call": "launch", "kernel": "%s", "device": %d, "grid": %u, "block": %u, "smem": %u, "stream": %llu, "beside": %s, "graph": %d, "priority": %d, "parameters": [%s]})",
-      kernel.name.c_str(), device, launch.grid, launch.block, launch.smem, reinterpret_cast<unsigned long long>(stream),
-      launch.beside ? "true" : "false", graph, launch.priority, launch.parameters.c_str());
-  return CUDA_SUCCESS;
-}
-CUresult fake_cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** parameters, void**) {
-  const FakeKernel& kernel = *reinterpret_cast<FakeKernel*>(function);
-  const bool flat = config->gridDimY == 1 && config->gridDimZ == 1 && config->blockDimY == 1 && config->blockDimZ == 1;
-  if (!flat) return CUDA_ERROR_INVALID_VALUE;
-  bool beside = false;
-  for (unsigned i = 0; i < config->numAttrs; ++i) {
-    const CUlaunchAttribute& attribute = config->attrs[i];
-    if (attribute.id != CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION) return CUDA_ERROR_INVALID_VALUE;
-    beside = attribute.value.programmaticStreamSerializationAllowed;
-  }
-  return launch({reinterpret_cast<CUkernel>(function), config->gridDimX, config->blockDimX, config->sharedMemBytes,
-                 beside, list_parameters(kernel, parameters), 0},
-                config->hStream, 0);
-}
-bool read_node(const CUDA_KERNEL_NODE_PARAMS& node, FakeLaunch& launch) {
-  if (!node.kern || node.gridDimY != 1 || node.gridDimZ != 1 || node.blockDimY != 1 || node.blockDimZ != 1)
-    return false;
-  launch.kernel = node.kern;
-  launch.grid = node.gridDimX;
-  launch.block = node.blockDimX;
-  launch.smem = node.sharedMemBytes;
-  launch.parameters = list_parameters(*reinterpret_cast<FakeKernel*>(node.kern), node.kernelParams);
-  return true;
-}
-CUresult fake_cuGraphAddKernelNode(CUgraphNode* node, CUgraph graph, const CUgraphNode*, size_t before,
-                                   const CUDA_KERNEL_NODE_PARAMS* params) {
-  auto made = std::make_unique<FakeNode>();
-  if (before || capture_mode != CU_STREAM_CAPTURE_MODE_RELAXED || !read_node(*params, made->launch))
-    return CUDA_ERROR_INVALID_VALUE;
-  *node = reinterpret_cast<CUgraphNode>(made.get());
-  graph_of(graph)->nodes.push_back(std::move(made));
-  return CUDA_SUCCESS;
-}
-CUresult fake_cuGraphExecKernelNodeSetParams(CUgraphExec executable, CUgraphNode node,
-                                             const CUDA_KERNEL_NODE_PARAMS* params) {
-  log(R"({"call": "cuGraphExecKernelNodeSetParams", "graph": %d, "kernel": "%s"})", executable_of(executable)->number,
-      reinterpret_cast<FakeKernel*>(params->kern)->name.c_str());
-  return read_node(*params, executable_of(executable)->launches.at(node_of(node))) ? CUDA_SUCCESS
-                                                                                   : CUDA_ERROR_INVALID_VALUE;
-}
-CUresult fake_cuGraphLaunch(CUgraphExec executable, CUstream stream) {
-  const FakeExecutable& graph = *executable_of(executable);
-  for (const FakeNode* node : graph.order)
-    if (const CUresult result = launch(graph.launches.at(node), stream, graph.number)) return result;
   return CUDA_SUCCESS;
 }
 
