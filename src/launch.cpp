@@ -3,7 +3,9 @@
 #include <map>
 #include <mutex>
 #include <stdexcept>
+#include <string>
 #include <tuple>
+#include <utility>
 
 #include "chain.h"
 #include "common/parts.h"
@@ -12,9 +14,18 @@
 namespace mla {
 namespace {
 
-// An entry point of the two images that differ in whether they have the instructions for it.
-const Kernel& common_kernel(const char* name, const std::string& entry, int device) {
-  return get_kernel(std::string(name) + (overlaps_launches(device) ? "_sm90" : "_sm80"), entry, device, Occupancy::any);
+// An entry point of the two images that differ in whether they have the instructions for it. Looked up by its name once for a device;
+// then by the name's address.
+const Kernel& common_kernel(const char* name, const char* entry, int device) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const char*>, const Kernel*> all;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const Kernel*& kernel = all[{device, entry}];
+  if (!kernel) {
+    const std::string image = std::string(name) + (overlaps_launches(device) ? "_sm90" : "_sm80");
+    kernel = &get_kernel(image, entry, device, Occupancy::any);
+  }
+  return *kernel;
 }
 const Kernel& plan_kernel(bool small, bool ragged, int device) {
   return common_kernel("plan", kPlanEntries[small][ragged], device);
@@ -39,7 +50,7 @@ const DecodeKernels& decode_kernels(const Variant& variant, Dtype dtype, int dev
   return all
       .emplace(key, DecodeKernels{&get_kernel(variant.name, decode_entry(variant, dtype), device,
                                               Occupancy::one_block_per_sm, variant.smem_bytes),
-                                  &common_kernel("combine", combine_entry(variant, dtype), device),
+                                  &common_kernel("combine", combine_entry(variant, dtype).c_str(), device),
                                   start_of(overlaps && waits_for_plan(variant)), start_of(overlaps)})
       .first->second;
 }

@@ -133,11 +133,10 @@ def host_calls(args: Namespace, device: torch.device, most: int) -> list[HostCal
 def _others(out: Tensor, lse: Tensor) -> list[HostCall]:
     """What is not ours: the making of outputs by torch, and on a GPU launches by the driver."""
 
+    made = [(t.shape, t.stride(), {"dtype": t.dtype, "device": t.device}) for t in (out, lse)]
+
     def outputs(_: int) -> object:
-        return [
-            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
-            for t in (out, lse)
-        ]
+        return [torch.empty_strided(sizes, strides, **how) for sizes, strides, how in made]
 
     others = [HostCall("two torch.empty_strided", outputs)]
     gpu = facts(out.device)
