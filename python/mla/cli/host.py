@@ -133,16 +133,16 @@ def host_calls(args: Namespace, device: torch.device, most: int) -> list[HostCal
 def _others(out: Tensor, lse: Tensor) -> list[HostCall]:
     """What is not ours: the making of outputs by torch, and on a GPU launches by the driver."""
 
-    made = [(t.shape, t.stride(), {"dtype": t.dtype, "device": t.device}) for t in (out, lse)]
+    device, made = out.device, [(t.shape, t.stride(), t.dtype) for t in (out, lse)]
 
     def outputs(_: int) -> object:
-        return [torch.empty_strided(sizes, strides, **how) for sizes, strides, how in made]
+        return [torch.empty_strided(n, s, dtype=dtype, device=device) for n, s, dtype in made]
 
     others = [HostCall("two torch.empty_strided", outputs)]
-    gpu = facts(out.device)
+    gpu = facts(device)
     if gpu.type != "cuda":
         return others
-    where = ordinal(out.device), stream_of(out.device)
+    where = ordinal(device), stream_of(device)
 
     def launch(beside: bool) -> Callable[[int], object]:
         return lambda _: _mla.launch_empty(beside, *where)
