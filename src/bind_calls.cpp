@@ -38,7 +38,9 @@ using Any = nb::typed<nb::object, nb::any>;
 }  // namespace
 
 void bind_calls(nb::module_& m) {
-  m.attr("ENVIRONMENT") = nb::make_tuple(kVariantVariable, kLogVariable, kValidateVariable);
+  m.attr("VARIANT_VARIABLE") = kVariantVariable;
+  m.attr("LOG_VARIABLE") = kLogVariable;
+  m.attr("VALIDATE_VARIABLE") = kValidateVariable;
   m.def("forced_variant", [] { return read_settings().forced_variant; }, "MLA_VARIANT; empty when it is not set.");
   m.def("logs_dispatch", [] { return read_settings().logs_dispatch; }, "Whether MLA_LOG asks for it.");
   m.def("validates", [] { return read_settings().validates; }, "Whether MLA_VALIDATE asks for it.");
