@@ -210,13 +210,13 @@ class TestChoosing:
             assert dispatch.choose(asked, where, request) is explained
             # Made for other sizes, as prepared calls have it.
             seen = asked._replace(b=3, s_q=0 if asked.ragged else 2, total_q=6, max_pages=9)
-            name_of = dispatch.chooser(seen, where, request)
-            if name_of is None:
+            chooser = dispatch.chooser(seen, where, request)
+            if chooser is None:
                 assert dispatch.choose(seen, where, request) is explained
             else:
                 length = -1 if asked.max_seq_len is None else asked.max_seq_len
-                sizes_asked = asked.b, asked.s_q, asked.total_q, asked.max_pages
-                assert name_of(*sizes_asked, length) == explained.name
+                sizes_asked = asked.b, asked.total_q, asked.h_q, asked.max_len, asked.page_size
+                assert chooser.fastest(*sizes_asked, length) == explained.name
 
 
 class TestForcing:

@@ -12,7 +12,7 @@ from .absorb import absorbed_bytes
 from .chunks import Part, chunks, seen_requests
 from .device import Device
 from .errors import UnsupportedError
-from .estimate import ceil_div, model, overlapped
+from .estimate import ceil_div, model
 from .layer_config import Dims
 from .prefill_costs import PrefillCosts
 from .prefill_times import PrefillEstimate, Times
@@ -43,7 +43,7 @@ class Products(NamedTuple):
 
     def us(self, costs: PrefillCosts) -> float:
         compute_us = self.flop / (costs.product_tflops * 1e6)
-        return overlapped(compute_us, self.moved / (costs.memory_gbs * 1e3))
+        return _mla.overlapped(compute_us, self.moved / (costs.memory_gbs * 1e3))
 
 
 class AbsorbedWork(NamedTuple):

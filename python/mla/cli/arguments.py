@@ -89,6 +89,7 @@ def _bench(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--planning", action="store_true", help="put the making of the plan inside the clock"
     )
+    parser.add_argument("--graph", action="store_true", help="time replays of graphs of the calls")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
         "--host", action="store_true", help="instead of cases: CPU time that a call takes"

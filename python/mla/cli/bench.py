@@ -16,7 +16,7 @@ from mla.variants import VARIANTS
 
 from . import append_sweep, host, prefill_sweep, prompt
 from .arguments import UsageError
-from .calls import HEURISTIC, call, pick, requested
+from .calls import HEURISTIC, call, pick, replayed, requested
 from .cases import Case, CasePool, load_cases, with_overrides
 from .console import console, make_progress
 from .devices import device_name, pick_device
@@ -32,15 +32,18 @@ from .results import (
 from .timing import CpuTimer, GpuTimer, measure
 
 BATCH_INVARIANT = "batch_invariant"  # follows a name in the name of a run in that mode
+EAGER, REPLAYED = "one call, output allocation inside", "one replay of the graph of one call"
 METHOD = (
-    "events around one call, output allocation inside, after a read of 256 MB and a sleep on the "
-    "device; pages scattered at random, random data"
+    "events around {}, after a read of 256 MB and a sleep on the device; pages scattered at "
+    "random, random data"
 )
 
 
 def run(args: Namespace) -> int:
     device = pick_device(args.device)
     peer_times = _prepare_files(args)
+    if args.graph and (device.type != "cuda" or args.host or args.prefill or args.prompt):
+        raise UsageError("--graph replays cases, on a GPU: it goes with no other kind of run")
     if args.host:
         return _run_host(args, device)
     if args.prefill:
@@ -77,7 +80,8 @@ def run(args: Namespace) -> int:
                     skipped.append(f"{name} on {case.id}: {error}")
                 else:
                     variants[name] = variant
-                    calls[name] = call(case, inputs, variant, args.planning, invariant)
+                    timed = call(case, inputs, variant, args.planning, invariant)
+                    calls[name] = replayed(timed) if args.graph else timed
             for name, timing in measure(timer, calls).items():
                 results.append(Result(name, case, variants[name], timing, floor_us))
 
@@ -163,7 +167,9 @@ def _write_files(
     peer_times: dict[str, dict[str, float]],
 ) -> None:
     """The files asked for. Of several runs each has its own, named after it."""
-    conditions = conditions_of(device, METHOD if floors else prefill_sweep.ON_CPU_METHOD) | {
+    method = METHOD.format(REPLAYED if args.graph else EAGER)
+    conditions = conditions_of(device, method if floors else prefill_sweep.ON_CPU_METHOD) | {
+        "graph": args.graph,
         "planning": "inside the clock" if args.planning else "before the clock",
         "floors": asdict(floors) if floors else None,
     }
