@@ -322,10 +322,22 @@ def test_host_refuses_what_it_does_not_do(options: str, capsys: Output) -> None:
     assert "mla bench: --" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", ["", "--host", "--prefill", "--prompt"])
-def test_graphs_are_of_cases_on_a_gpu(options: str, case_file: Path, capsys: Output) -> None:
-    assert command(f"bench --graph --device cpu --cases {case_file} {options}") == 2
-    assert "--graph replays cases, on a GPU" in capsys.readouterr().err
+def test_graphs_are_for_a_gpu(case_file: Path, capsys: Output) -> None:
+    assert command(f"bench --graph --device cpu --cases {case_file}") == 2
+    assert "--graph is for a GPU: the device is cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["--host", "--prefill", "--prompt", "--append"])
+@pytest.mark.parametrize("option", ["--graph", "--planning", "--targets x", "--report x"])
+def test_options_that_say_nothing_are_refused(kind: str, option: str, capsys: Output) -> None:
+    assert command(f"bench {kind} --device cpu {option}") == 2
+    assert f"{kind} does not go with {option.split()[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--variant cpu", "--page-size 1", "--batch-invariant"])
+def test_only_decode_has_variants_and_pages(option: str, capsys: Output) -> None:
+    assert command(f"bench --prompt --device cpu {option}") == 2
+    assert f"--prompt does not go with {option.split()[0]}" in capsys.readouterr().err
 
 
 def test_a_replay_is_of_one_call_that_ran_before(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import torch
 from command_line import Output, command
 from mla import device, fused, launch, prefill_choice, prefill_costs, prefill_estimate
 from mla.cli import prefill_fit, prefill_points
-from mla.cli.arguments import UsageError
+from mla.cli.usage import UsageError
 from mla.cli.prefill_points import Point
 from mla.device import KNOWN, by_name
 from mla.models import MODELS

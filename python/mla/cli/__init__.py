@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from .arguments import UsageError, make_parser
+from .arguments import make_parser
+from .usage import UsageError
 
 _EXTRAS = ("rich", "matplotlib")  # what the extra `cli` brings
 

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, _ActionsContainer
+from argparse import ArgumentParser
 from pathlib import Path
 
+from .bench_options import add_bench_options
+from .usage import add_device
 from .values import dims, dtype_name, lengths, positive
-
-
-class UsageError(Exception):
-    """A command cannot do what its options ask; the text says why and what would work."""
-
-
-def _device(parser: _ActionsContainer) -> None:
-    parser.add_argument(
-        "--device", help="cpu, cuda or cuda:N (default: the current GPU, or cpu without one)"
-    )
 
 
 def _info(parser: ArgumentParser) -> None:
@@ -51,7 +43,7 @@ def _explain(parser: ArgumentParser) -> None:
         help="which way the last --s-q of --kv tokens go, with the columns of DeepSeek-V3",
     )
     where = parser.add_mutually_exclusive_group()
-    _device(where)
+    add_device(where)
     where.add_argument(
         "--gpu", help="a GPU that need not be here, such as H200, A100 or 'RTX 4090'"
     )
@@ -63,66 +55,7 @@ def _check(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--full", action="store_true", help="more problems, and longer ones")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
-    _device(parser)
-
-
-def _bench(parser: ArgumentParser) -> None:
-    parser.add_argument(
-        "--cases",
-        type=Path,
-        default=Path("benchmarks/cases.json"),
-        help="list of cases (default: %(default)s)",
-    )
-    parser.add_argument("--filter", help="only cases whose id contains this")
-    parser.add_argument(
-        "--variant",
-        action="append",
-        help="force a pipeline or a variant by name; repeated: measured alternately",
-    )
-    parser.add_argument(
-        "--batch-invariant",
-        action="store_true",
-        help="also measure each variant in the batch-invariant mode, beside the free schedule; "
-        "with --host, only in that mode",
-    )
-    parser.add_argument("--targets", help="choose among the rows of one image set, like ampere_99k")
-    parser.add_argument(
-        "--planning", action="store_true", help="put the making of the plan inside the clock"
-    )
-    parser.add_argument("--graph", action="store_true", help="time replays of graphs of the calls")
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--host", action="store_true", help="instead of cases: CPU time that a call takes"
-    )
-    instead.add_argument(
-        "--prefill",
-        action="store_true",
-        help="instead of cases: both ways of prefill over new tokens, cached tokens and heads",
-    )
-    instead.add_argument(
-        "--prompt",
-        action="store_true",
-        help="instead of cases: tokens/s of a stack of layers, prompts and generation",
-    )
-    instead.add_argument(
-        "--append", action="store_true", help="instead of cases: new rows into the cache"
-    )
-    parser.add_argument("--repeat", type=positive, help="samples (default: 20, on a CPU 3)")
-    parser.add_argument("--dtype", type=dtype_name, help="instead of the cases' own")
-    parser.add_argument("--page-size", type=positive, help="instead of the cases' own")
-    parser.add_argument("--dims", type=dims, default=(576, 512), help="d_qk/d_v (576/512)")
-    parser.add_argument("--json", type=Path, help="write the times here, conditions beside it")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the results")
-    parser.add_argument(
-        "--report", type=Path, metavar="DIR", help="write a page with tables and plots there"
-    )
-    parser.add_argument(
-        "--peers",
-        type=Path,
-        metavar="FILE.json",
-        help="times of others for the report: {case id: {name: us}}",
-    )
-    _device(parser)
+    add_device(parser)
 
 
 def _fit(parser: ArgumentParser) -> None:
@@ -177,14 +110,17 @@ def _demo(parser: ArgumentParser) -> None:
     parser.add_argument("--dtype", type=dtype_name, default="bfloat16", help="bf16 or fp16")
     parser.add_argument("--variant", help="force a pipeline or a variant by name")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
-    _device(parser)
+    add_device(parser)
 
 
 _COMMANDS = {
     "info": (_info, "version, build, driver, devices, and which variants run here"),
     "explain": (_explain, "which variant a problem gets, why, and what each other one lacks"),
     "check": (_check, "self-test: every variant that runs here against a float64 reference"),
-    "bench": (_bench, "time decode on a list of cases and hold it against the device's limits"),
+    "bench": (
+        add_bench_options,
+        "time decode on a list of cases and hold it against the device's limits",
+    ),
     "tune": (_tune, "measure all variants here and fit what dispatch predicts by to this GPU"),
     "fit": (_fit, "the constants that dispatch predicts by, from recorded runs of all variants"),
     "demo": (_demo, "a DeepSeek-V3-shaped attention layer over a real text, checked at each step"),

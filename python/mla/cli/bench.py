@@ -15,7 +15,7 @@ from mla.checks import D_V
 from mla.variants import VARIANTS
 
 from . import append_sweep, host, prefill_sweep, prompt
-from .arguments import UsageError
+from .bench_options import refuse_what_says_nothing
 from .calls import HEURISTIC, call, pick, replayed, requested
 from .cases import Case, CasePool, load_cases, with_overrides
 from .console import console, make_progress
@@ -30,6 +30,7 @@ from .results import (
     write_results,
 )
 from .timing import CpuTimer, GpuTimer, measure
+from .usage import UsageError
 
 BATCH_INVARIANT = "batch_invariant"  # follows a name in the name of a run in that mode
 EAGER, REPLAYED = "one call, output allocation inside", "one replay of the graph of one call"
@@ -40,10 +41,11 @@ METHOD = (
 
 
 def run(args: Namespace) -> int:
+    refuse_what_says_nothing(args)
     device = pick_device(args.device)
     peer_times = _prepare_files(args)
-    if args.graph and (device.type != "cuda" or args.host or args.prefill or args.prompt):
-        raise UsageError("--graph replays cases, on a GPU: it goes with no other kind of run")
+    if args.graph and device.type != "cuda":
+        raise UsageError(f"--graph is for a GPU: the device is {device}")
     if args.host:
         return _run_host(args, device)
     if args.prefill:
@@ -92,8 +94,8 @@ def run(args: Namespace) -> int:
 
 def _run_host(args: Namespace, device: torch.device) -> int:
     _check_dims(args)
-    if len(args.variant or []) > 1 or args.plot or args.report:
-        raise UsageError("--host takes one --variant at most, and draws no --plot or --report")
+    if len(args.variant or []) > 1:
+        raise UsageError("--host takes one --variant at most")
     for name in args.variant or []:
         requested(name)
     return host.run(args, device)

@@ -11,8 +11,8 @@ from mla import dispatch
 from mla.device import facts
 from mla.variants import VARIANTS, Variant
 
-from .arguments import UsageError
 from .cases import Case, CaseInputs
+from .usage import UsageError
 
 SCALE = 192**-0.5  # of DeepSeek-V3's un-absorbed heads, without YaRN
 HEURISTIC = "heuristic"  # what a run without a forced name is called

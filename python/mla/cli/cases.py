@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mla.problem import Problem
 
-from .arguments import UsageError
+from .usage import UsageError
 
 _TINY_TOKENS, _MID_TOKENS = 8192, 65536
 

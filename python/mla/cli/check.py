@@ -16,10 +16,10 @@ from mla.problem import Problem
 from mla.variants import VARIANTS, Variant
 
 from .accuracy import RELATIVE_RMSE, Accuracy, compare
-from .arguments import UsageError
 from .console import console, make_progress, make_table
 from .devices import device_name, pick_device
 from .problems import FULL, QUICK, CheckInputs, CheckProblem, make_inputs
+from .usage import UsageError
 
 _SHOWN_FAULTS = 5  # of each variant
 

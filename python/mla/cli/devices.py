@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .arguments import UsageError
+from .usage import UsageError
 
 
 def pick_device(text: str | None) -> torch.device:

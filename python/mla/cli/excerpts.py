@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mla import data
 
-from .arguments import UsageError
+from .usage import UsageError
 
 # Where each request's prompt begins in the text, and how many bytes it has: a ragged batch in which
 # one request starts with nothing but the begin token.

@@ -8,7 +8,7 @@ import torch
 
 import mla
 
-from .arguments import UsageError
+from .usage import UsageError
 
 
 def run(args: Namespace) -> int:

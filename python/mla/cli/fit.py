@@ -18,10 +18,10 @@ from mla import costs, costs_file, tuned
 from mla.costs_file import Costs
 from mla.device import Device, by_name
 
-from .arguments import UsageError
 from .console import console, make_table
 from .regret import print_regret, regrets
 from .runs import Sample, predictor, read_runs
+from .usage import UsageError
 
 # In squared errors, of a constant that is off by a factor of e. Constants are held to those that
 # the fit begins with, lightly: what runs do not tell stays as it was. Bandwidth is held to what is

@@ -11,7 +11,7 @@ from mla.layer_config import Dims
 from mla.models import MODELS
 from mla.prefill_times import METHODS, Method, Times
 
-from .arguments import UsageError
+from .usage import UsageError
 
 DIMS = MODELS["DeepSeek-V3"].dims
 

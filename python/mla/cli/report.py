@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
-from .arguments import UsageError
 from .floors import Floors
 from .report_plots import class_plots, roofline
 from .results import Result, classes, geomean
+from .usage import UsageError
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 70em; margin: 2em auto; padding: 0 1em; }

@@ -15,8 +15,8 @@ from mla.device import Device
 from mla.problem import Problem
 from mla.variants import VARIANTS, Variant
 
-from .arguments import UsageError
 from .cases import Case, load_cases, with_overrides
+from .usage import UsageError
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from mla import costs, costs_file, tuned
 from mla.device import Device, facts
 from mla.variants import VARIANTS, Variant
 
-from .arguments import UsageError
 from .calls import call
 from .cases import Case, CasePool, parse_cases
 from .console import console, make_progress
@@ -29,6 +28,7 @@ from .random_cases import random_cases
 from .regret import geometric_mean, print_regret, regrets
 from .runs import Sample, sample
 from .timing import GpuTimer, Timer, measure
+from .usage import UsageError
 
 LEAST_CASES = 20  # that a fit needs
 _LARGEST_GIB = 16  # of KV, and at most half of what is free
