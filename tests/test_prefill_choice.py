@@ -15,8 +15,8 @@ import torch
 from command_line import Output, command
 from mla import device, fused, launch, prefill_choice, prefill_costs, prefill_estimate
 from mla.cli import prefill_fit, prefill_points
-from mla.cli.usage import UsageError
 from mla.cli.prefill_points import Point
+from mla.cli.usage import UsageError
 from mla.device import KNOWN, by_name
 from mla.models import MODELS
 from mla.prefill_choice import WORKSPACE_BYTES, Sizes, absorbed_at_once, cheaper_of
