@@ -58,6 +58,8 @@ uint32_t transposed(uint32_t words) {
 size_t __cvta_generic_to_shared(const void*);
 void __syncwarp();
 bool __any_sync(uint32_t, bool);
+float __fadd_rn(float, float);
+float __fmul_rn(float, float);
 
 // To nearest even, with so many bits of the mantissa stored and this least exponent.
 float rounded(float x, int stored_bits, int least_exponent) {

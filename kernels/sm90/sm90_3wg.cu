@@ -12,8 +12,8 @@
 //
 // In the loop a warpgroup begins the logits of its tile (RoPE and its own half of the columns) before it waits for the other's P. The rest
 // of the logits and the values of the other's tile follow, the former first if other workers read the same KV, and else the latter, whose
-// stage is then free sooner. Then come the softmax and the values of its own tile. The running max passes to and fro with P. Schedule,
-// budgets, barriers: sm90_3wg.md.
+// stage is then free sooner. Then come the softmax and the values of its own tile. The running max passes to and fro with P. Where
+// things lie in shared memory: sm90_3wg_memory.cuh. Schedule, budgets, barriers: sm90_3wg.md.
 
 #include "../common/dependent.cuh"
 #include "../common/entry.cuh"
@@ -38,12 +38,11 @@ template <class C, int SmemBytes>
 __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
   using T = typename C::Element;
   using L = TileLayout<C>;
-  constexpr uint32_t alignment = kSwizzleRows * kRowBytes;
   static_assert(C::threads == (kConsumers + 1) * kWarpgroupThreads);
-  static_assert(sizeof(Smem<C>) + alignment == SmemBytes,
+  static_assert(sizeof(Smem<C>) + kChunkAlignment == SmemBytes,
                 "the smem column of variants.inc must be sizeof(Smem) + what aligning it may take");
   extern __shared__ __align__(1024) unsigned char smem_bytes[];
-  const Memory<C> at{(shared_address(smem_bytes) + alignment - 1) / alignment * alignment};
+  const Memory<C> at{aligned(shared_address(smem_bytes))};
 
   const int warpgroup = warp_uniform(threadIdx.x / kWarpgroupThreads);
   const int warp = warp_uniform(threadIdx.x % kWarpgroupThreads / 32), lane = threadIdx.x % 32;
@@ -254,13 +253,11 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
     auto arrive = [&](uint32_t mbarrier) {  // of this warp, once its wgmmas are done
       if (lane == 0) mbarrier_arrive(mbarrier);
     };
-    auto release = [&](int stage) {
-      arrive(at.free(stage, warpgroup));
-    };  // pairs with the producer's wait, a round later
+    // Pairs with the producer's wait, a round later.
+    auto release = [&](int stage) { arrive(at.free(stage, warpgroup)); };
     // Waits for the other's P; the sums and O are relative to its max from here on.
     auto take_max = [&] {
-      named_barrier_sync(kPReady + (warpgroup ^ 1),
-                         kConsumers * kWarpgroupThreads);  // pairs with the arrival in hand_over
+      named_barrier_sync(kPReady + (warpgroup ^ 1), kConsumers * kWarpgroupThreads);  // pairs with hand_over
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float raised = load_shared(at.row_max(warpgroup ^ 1, row + half * 8));
@@ -377,9 +374,8 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
             pin(o);
             release(other_stage);
           }
-          named_barrier_sync(
-              kOthersDone + warpgroup,
-              kWarpgroupThreads);  // with itself: all warps have read the other's P, the own takes its place
+          // With itself: all warps have read the other's P, the own takes its place.
+          named_barrier_sync(kOthersDone + warpgroup, kWarpgroupThreads);
           hand_over(tile_max);
           add_own_values(place.stage);
           place.advance();

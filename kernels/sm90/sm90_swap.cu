@@ -10,8 +10,8 @@
 //   softmax  Each has a running max of its own; P^T goes to shared memory.
 //   values   O^T[64 columns, rows] += V^T P^T, for 64 columns of a chunk at a time, all of them.
 //
-// Nothing of this waits for the other warpgroup. At the end of a piece they exchange half of their O^T, scaled by the max of both. Schedule,
-// budgets, barriers: sm90_swap.md.
+// Nothing of this waits for the other warpgroup. At the end of a piece they exchange half of their O^T, scaled by the max of both. Where
+// things lie in shared memory: sm90_swap_memory.cuh. Schedule, budgets, barriers: sm90_swap.md.
 
 #include "../common/dependent.cuh"
 #include "../common/entry.cuh"
@@ -25,13 +25,11 @@ constexpr int kCopiesAhead = 6;  // chunks by cp.async that are in flight
 
 // Named barriers; 0 is __syncthreads.
 enum Barrier : int {
-  kMaxReady =
-      1,  // + warpgroup: the maxima of its tile are there; nobody reads the P, or the tile, before. Its own threads
-  kPReady = 3,  // + warpgroup: its P is there. Its own threads
-  kResult =
-      5,  // what the warpgroups exchange, and another group's partial result, is there; or all of one is stored. Both
-  kBegun = 6,   // the mbarriers are there. The producer waits, the others arrive
-  kInputs = 7,  // so is what the kernel before wrote. The producer arrives, the others wait
+  kMaxReady = 1,  // + warpgroup: maxima of its tile are there; nobody reads the P, or the tile, before. Its own threads
+  kPReady = 3,    // + warpgroup: its P is there. Its own threads
+  kResult = 5,    // what they exchange, and another group's partial result, is there; or all of one is stored. Both
+  kBegun = 6,     // the mbarriers are there. The producer waits, the others arrive
+  kInputs = 7,    // so is what the kernel before wrote. The producer arrives, the others wait
 };
 
 template <class C, int SmemBytes>
@@ -39,12 +37,11 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
   using T = typename C::Element;
   using L = TileLayout<C>;
   constexpr int rows = C::block_rows, columns = rows / 8;  // n-tiles of 8 query rows
-  constexpr uint32_t alignment = kSwizzleRows * kRowBytes;
   static_assert(C::threads == (kConsumers + 1) * kWarpgroupThreads && C::stages >= 2 * L::k_chunks);
-  static_assert(sizeof(Smem<C>) + alignment == SmemBytes,
+  static_assert(sizeof(Smem<C>) + kChunkAlignment == SmemBytes,
                 "the smem column of variants.inc must be sizeof(Smem) + what aligning it may take");
   extern __shared__ __align__(1024) unsigned char smem_bytes[];
-  const Memory<C> at{(shared_address(smem_bytes) + alignment - 1) / alignment * alignment};
+  const Memory<C> at{aligned(shared_address(smem_bytes))};
 
   const int warpgroup = warp_uniform(threadIdx.x / kWarpgroupThreads);
   const int warp = warp_uniform(threadIdx.x % kWarpgroupThreads / 32), lane = threadIdx.x % 32;
@@ -155,8 +152,8 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
     named_barrier_arrive(kBegun, C::threads);  // pairs with the producer's wait
     named_barrier_sync(kInputs, C::threads);   // pairs with the producer's arrival
     let_next_kernel_start();
-    const int quad = lane / 4,
-              pair = lane % 4 * 2;  // accumulators: tokens, or columns, quad and quad + 8; query rows pair, pair + 1
+    // Of accumulators: tokens, or columns, quad and quad + 8; query rows pair and pair + 1.
+    const int quad = lane / 4, pair = lane % 4 * 2;
     const uint64_t q_operand = k_major(at.q()), k_operand = k_major(at.chunk(0)), v_operand = mn_major(at.chunk(0));
     const uint64_t p_operand = k_major(at.p());
     constexpr uint64_t q_chunk_step = descriptor_step(L::q_chunk_bytes), p_step = descriptor_step(rows * kRowBytes);
@@ -167,7 +164,6 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
     // O^T of the columns that the warpgroup stores, and of those that the other does.
     float s[rows / 2], o[2][L::half_chunks][rows / 2];
     float max[columns * 2], sum[columns * 2];  // of query row 8 n + pair + j: number 2 n + j
-    auto chunk_of = [&](int half, int chunk) { return (warpgroup ^ half) * L::half_chunks + chunk; };
     auto for_o = [&](auto halves, auto&& visit) {
 #pragma unroll
       for (int half = 0; half < halves.value; ++half)
@@ -179,9 +175,6 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
     int first_own = warpgroup;  // of the piece's tiles; the warpgroups take the ring's in turn
     RingPlace<C> place = RingPlace<C>{}.after(warpgroup * L::k_chunks);  // of the first chunk of the next one
 
-    auto arrive = [&](uint32_t mbarrier) {  // of this warp, once its wgmmas are done
-      if (lane == 0) mbarrier_arrive(mbarrier);
-    };
     auto compute_logits = [&](RingPlace<C> tile) {
       pin(s);
       unrolled<L::k_chunks>([&](auto i) {
@@ -207,7 +200,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
       const uint64_t b = pinned(p_operand + of * p_step);
       unrolled<halves.value * L::half_chunks>([&](auto i) {
         constexpr int half = i.value / L::half_chunks, chunk = i.value % L::half_chunks;
-        const uint64_t a = in_slot(v_operand, slot_behind<C>(tile_slot, chunk_of(half, chunk)));
+        const uint64_t a = in_slot(v_operand, slot_behind<C>(tile_slot, (warpgroup ^ half) * L::half_chunks + chunk));
 #pragma unroll
         for (int k = 0; k < 4; ++k) wgmma_vp<T>(o[half][chunk], a + k * kTokenStep, b + k * kColumnStep);
       });
@@ -236,6 +229,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
         }
       }
     };
+
 #pragma unroll 1
     for (int parity = 0;; parity ^= 1) {   // of the piece
       mbarrier_wait(at.q_full(), parity);  // pairs with copy_q_of_pieces
@@ -267,7 +261,8 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
         last_slot = place.slot;
         float tile_max[columns * 2], factor[columns * 2];
         compute_logits(place);
-        if (L::rope > 0) arrive(at.free(place.after(L::last_chunk).slot));
+        if (L::rope > 0 && lane == 0)  // pairs with the producer's wait, a round later
+          mbarrier_arrive(at.free(place.after(L::last_chunk).slot));
         if (is_last) mbarrier_arrive(at.q_free());  // who has read the description itself; pairs with copy_q_of_pieces
 #pragma unroll
         for (int i = 0; i < rows / 2; ++i) s[i] *= p.scale_log2;
@@ -276,12 +271,8 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
           for (int i = 0; i < rows / 2; ++i)
             if (i / 2 % 2 * 8 >= visible[i / 4 * 2 + i % 2] - tile * kTileTokens) s[i] = kNegInf;
 #pragma unroll
-        for (int i = 0; i < columns * 2; ++i) {
-          float x = fmaxf(s[i / 2 * 4 + i % 2], s[i / 2 * 4 + 2 + i % 2]);
-#pragma unroll
-          for (int step = 4; step < 32; step *= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
-          tile_max[i] = x;
-        }
+        for (int i = 0; i < columns * 2; ++i)
+          tile_max[i] = quads_max(fmaxf(s[i / 2 * 4 + i % 2], s[i / 2 * 4 + 2 + i % 2]));
         if (quad == 0)
 #pragma unroll
           for (int n = 0; n < columns; ++n)
@@ -298,9 +289,9 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
 #pragma unroll
         for (int i = 0; i < rows / 4; ++i) packed[i] = pack2<T>(s[i * 2], s[i * 2 + 1]);
         const uint32_t to = at.p() + warpgroup * rows * kRowBytes;
+        // 16 query rows and the warp's 16 tokens at a time: lane i addresses row i % 8 of tile i / 8.
 #pragma unroll
-        for (int n = 0; n < columns;
-             n += 2) {  // 16 query rows and the warp's 16 tokens: lane i addresses row i % 8 of tile i / 8
+        for (int n = 0; n < columns; n += 2) {
           const uint32_t four[4] = {packed[n * 2], packed[n * 2 + 1], packed[n * 2 + 2], packed[n * 2 + 3]};
           stmatrix_x4_trans(to + swizzled(n * 8 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2), four);
         }
@@ -342,14 +333,9 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
       const bool merges = warp_uniform(block.pairs) & kMergesFirst;
       const bool leaves = warp_uniform(block.partial_slot) >= 0 && !merges;
       const int other_slot = block.partial_slot - block.group_size;  // of the group before
-      auto sum_of_quads = [](float x) {
-#pragma unroll
-        for (int step = 4; step < 32; step *= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
-        return x;
-      };
       float size[columns * 2] = {};
 #pragma unroll
-      for (int i = 0; i < columns * 2; ++i) sum[i] = sum_of_quads(sum[i]);
+      for (int i = 0; i < columns * 2; ++i) sum[i] = quads_sum(sum[i]);
       if (leaves) {
         for_o(both_halves, [&](const float (&x)[rows / 2]) {
 #pragma unroll
@@ -357,7 +343,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
             size[i] += fabsf(x[i / 2 * 4 + i % 2]) + fabsf(x[i / 2 * 4 + 2 + i % 2]);
         });
 #pragma unroll
-        for (int i = 0; i < columns * 2; ++i) size[i] = sum_of_quads(size[i]);
+        for (int i = 0; i < columns * 2; ++i) size[i] = quads_sum(size[i]);
       }
       if (quad == 0)
 #pragma unroll
@@ -369,8 +355,8 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
       if (!is_single) {
         if (threadIdx.x % kWarpgroupThreads == 0)
           store_shared(at.last_slot(parity, warpgroup), __int_as_float(last_slot));
-        named_barrier_sync(kMaxReady + warpgroup,
-                           kWarpgroupThreads);  // with itself: no warp multiplies the tile any more
+        // With itself: no warp multiplies the tile any more.
+        named_barrier_sync(kMaxReady + warpgroup, kWarpgroupThreads);
 #pragma unroll
         for (int chunk = 0; chunk < L::half_chunks; ++chunk)
 #pragma unroll
@@ -393,10 +379,6 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
           max[i] = both;
         }
       }
-      // Not fused, so that the bits do not depend on which warpgroup had which tiles.
-      auto of_both = [](float own, float own_weight, float other, float other_weight) {
-        return __fadd_rn(__fmul_rn(own, own_weight), __fmul_rn(other, other_weight));
-      };
       if (!is_single) {
         const int slot = __float_as_int(load_shared(at.last_slot(parity, warpgroup ^ 1)));
 #pragma unroll
@@ -408,7 +390,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
               const int row = i * 2 + j % 2;
-              o[0][chunk][i * 4 + j] = of_both(o[0][chunk][i * 4 + j], weight[0][row], x[j], weight[1][row]);
+              o[0][chunk][i * 4 + j] = sum_of_both(o[0][chunk][i * 4 + j], weight[0][row], x[j], weight[1][row]);
             }
           }
         fence_proxy_async();
@@ -419,23 +401,18 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
       float scale[columns * 2], other[columns * 2] = {};
 #pragma unroll
       for (int n = 0; n < columns; ++n) {
-        float total[4] = {};  // of two rows, as in shared memory
-        {
-          float of_warpgroup[2][4] = {};
+        float total[4] = {}, sums[2][4] = {};  // of two rows, as in shared memory; `sums`: own, other warpgroup's
 #pragma unroll
-          for (int i = 0; i < kConsumers * kWarpgroupWarps; ++i) {
-            const int from = i / kWarpgroupWarps;  // 0: the own
-            float x[4];
-            load_shared(x,
-                        at.row_sums(parity, (warpgroup ^ from) * kWarpgroupWarps + i % kWarpgroupWarps, n * 8 + pair));
+        for (int i = 0; i < kConsumers * kWarpgroupWarps; ++i) {
+          const int from = i / kWarpgroupWarps;
+          float x[4];
+          load_shared(x, at.row_sums(parity, (warpgroup ^ from) * kWarpgroupWarps + i % kWarpgroupWarps, n * 8 + pair));
 #pragma unroll
-            for (int j = 0; j < 4; ++j) of_warpgroup[from][j] += x[j];
-          }
-#pragma unroll
-          for (int j = 0; j < 4; ++j)
-            total[j] =
-                of_both(of_warpgroup[0][j], weight[0][n * 2 + j / 2], of_warpgroup[1][j], weight[1][n * 2 + j / 2]);
+          for (int j = 0; j < 4; ++j) sums[from][j] += x[j];
         }
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          total[j] = sum_of_both(sums[0][j], weight[0][n * 2 + j / 2], sums[1][j], weight[1][n * 2 + j / 2]);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const int i = n * 2 + j, row = n * 8 + pair + j, run = warpgroup * kWarpgroupWarps + warp;

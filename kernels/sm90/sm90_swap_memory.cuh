@@ -86,10 +86,8 @@ struct Memory {
   }
   // Of the half of O behind `slot`, four elements of this thread's.
   __device__ __forceinline__ uint32_t half_of_o(int slot, int chunk_of_o, int i) const {
-    const int place_of =
-        (chunk_of_o * rows / 8 + i) * kWarpgroupThreads * 16;  // a chunk of O is half of one of the ring's
-    return chunk(slot_behind<C>(slot, place_of / kChunkBytes)) + place_of % kChunkBytes +
-           threadIdx.x % kWarpgroupThreads * 16;
+    const int byte = (chunk_of_o * rows / 8 + i) * kWarpgroupThreads * 16;  // a chunk of O is half of one of the ring's
+    return chunk(slot_behind<C>(slot, byte / kChunkBytes)) + byte % kChunkBytes + threadIdx.x % kWarpgroupThreads * 16;
   }
   __device__ __forceinline__ uint32_t full(int slot) const {
     return of(offsetof(Smem<C>, full)) + slot * kMbarrierBytes;

@@ -31,6 +31,12 @@ struct TileLayout {
                 C::d_v % (2 * kChunkColumns) == 0 && rope >= 0 && rope <= kChunkColumns && rope % 16 == 0);
 };
 
+// Where a chunk may begin, from `address` on.
+constexpr uint32_t kChunkAlignment = kSwizzleRows * kRowBytes;
+__device__ __forceinline__ uint32_t aligned(uint32_t address) {
+  return (address + kChunkAlignment - 1) / kChunkAlignment * kChunkAlignment;
+}
+
 // Byte of 16-byte unit `unit` of row `row` in a chunk.
 __device__ __forceinline__ int swizzled(int row, int unit) {
   return row * kRowBytes + ((unit ^ row % kSwizzleRows) << 4);

@@ -9,6 +9,23 @@ namespace mla::sm90 {
 
 constexpr int kChunkFragments = kChunkColumns / kFragmentColumns;
 
+// Over the eight lanes of a warp that have the same rows.
+__device__ __forceinline__ float quads_max(float x) {
+#pragma unroll
+  for (int step = 4; step < 32; step *= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
+  return x;
+}
+__device__ __forceinline__ float quads_sum(float x) {
+#pragma unroll
+  for (int step = 4; step < 32; step *= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+
+// Of both warpgroups. Not fused, so that the bits do not depend on which one had which tiles.
+__device__ __forceinline__ float sum_of_both(float own, float own_weight, float other, float other_weight) {
+  return __fadd_rn(__fmul_rn(own, own_weight), __fmul_rn(other, other_weight));
+}
+
 // To the output or, if it `leaves`, to the piece's partial result: o * scale + other * what is at `other_slot`, if that is not negative.
 // `first_fragment`: where the warp's columns of its first chunk are.
 template <class T, int Chunks>
