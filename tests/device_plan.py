@@ -24,7 +24,7 @@ SHAPES: dict[Shape, str] = {  # and a variant that has it
 }
 MAX_GROUP_SIZE = 8  # of schedule.h
 MERGES_FIRST, LEAVES_LAST = 1, 2  # of params.h
-PART_TOKENS, MAX_LONG_PARTS, MAX_SHORT_PARTS = 1024, 64, 4  # of parts.h
+PART_TOKENS, MAX_PARTS = 1024, 64  # of parts.h
 
 
 @dataclass(frozen=True)
@@ -338,8 +338,8 @@ def max_partials(batch: Batch, shape: Shape) -> int:
         row_blocks // b if isinstance(batch.q_lens, int) and row_blocks else 1
     ):
         return 0
-    long_parts = min(-(-max_len // PART_TOKENS), math.ceil(math.sqrt(max_len) / 8), MAX_LONG_PARTS)
-    return b * long_parts + MAX_SHORT_PARTS * row_blocks
+    parts = min(-(-max_len // PART_TOKENS), math.ceil(math.sqrt(max_len) / 8), MAX_PARTS)
+    return b * parts + row_blocks
 
 
 def part_sizes(
@@ -350,7 +350,7 @@ def part_sizes(
     fixed = [12, 16 * workers]
     if batch_invariant:
         pieces = max(max_partials(batch, shape), items)
-        # Two int64 and three int32 for each request, one and two for each worker.
-        return [*fixed, 8 * pieces, 8 * items, 7 * (b + 1) + 4 * (workers + 1)]
+        # An int64 and three int32 for each request, an int64 and seven for each worker.
+        return [*fixed, 8 * pieces, 8 * items, 5 * (b + 1) + 9 * (workers + 1)]
     planners_own = 3 * (b + 1)  # an int64 and an int32 for each request
     return [*fixed, 8 * (items + workers), 8 * workers, planners_own]
