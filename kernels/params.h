@@ -4,14 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define MLA_HD __host__ __device__ __forceinline__
-#define MLA_ROLLED _Pragma("unroll 1")
-#else
-#define MLA_HD inline
-#define MLA_ROLLED
-#endif
-
 namespace mla {
 
 // Division of 0 <= n < 2^31 by a divisor that only the launch knows, as a multiplication: n * multiplier >> shift.
@@ -21,14 +13,11 @@ struct FastDivisor {
   uint32_t shift;
 };
 
-MLA_HD FastDivisor make_fast_divisor(int32_t divisor) {
+inline FastDivisor make_fast_divisor(int32_t divisor) {
   uint32_t log2 = 0;
   while ((int64_t{1} << log2) < divisor) ++log2;
   const uint64_t unit = uint64_t{1} << (31 + log2), d = static_cast<uint64_t>(divisor);
   return {static_cast<uint32_t>((unit + d - 1) / d), 31 + log2};
-}
-MLA_HD int32_t divide(int32_t n, FastDivisor by) {
-  return static_cast<int32_t>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * by.multiplier >> by.shift);
 }
 
 // Where element (request, token, head, 0) of a per-query tensor lies: data + request * batch + token * token + head * head.

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <array>
 #include <stdexcept>
 #include <vector>
 
@@ -33,92 +32,79 @@ HostPlan make_plan_of_parts(const Lengths& lengths, Shape shape, int32_t num_wor
   plan.header.num_groups = num_groups;
   plan.header.batch_invariant = 1;
 
-  // What the requests before each have.
-  const size_t requests = static_cast<size_t>(lengths.num_requests), groups = static_cast<size_t>(num_groups);
-  std::vector<int64_t> units(requests + 1), load(groups + 1);
-  std::vector<int32_t> parts(3 * (requests + 1) + kNumClasses * (static_cast<size_t>(num_workers) + 1));
-  const Memory<int64_t> memory{lengths.num_requests, num_workers, units.data(), load.data(), parts.data()};
-  std::vector<Cut> cuts;
-  int32_t largest = 0;
+  // The lines.
+  const size_t requests = static_cast<size_t>(lengths.num_requests);
+  std::vector<int64_t> units((requests + 1) * kNumLines);
+  std::vector<int32_t> parts((requests + 1) * (kNumLines + 1));
+  const Memory<int64_t> memory{lengths.num_requests, num_workers, units.data(), nullptr, parts.data()};
+  int64_t partials = 0;
   for (int32_t i = 0; i < lengths.num_requests; ++i) {
-    cuts.push_back(make_cut(schedule::request_at(lengths, shape, i), shape));
-    largest = std::max(largest, part_units(cuts.back(), shape));
-  }
-  int64_t pieces = 0, partials = 0;
-  std::array<int32_t, kNumClasses> parts_of_class{}, size_of_class{};
-  for (int32_t i = 0; i < lengths.num_requests; ++i) {
-    const Cut& cut = cuts[static_cast<size_t>(i)];
-    const int32_t row_blocks = schedule::request_at(lengths, shape, i).row_blocks;
-    const int32_t size = part_units(cut, shape);
-    const size_t size_class = static_cast<size_t>(class_of(size, largest));
-    const int64_t number = int64_t{schedule::bundles(row_blocks, group_size)} * cut.parts;
-    memory.first_of_class()[i] = parts_of_class[size_class];
-    memory.first_unit[i + 1] = memory.first_unit[i] + (size_class == kRest ? number * size : 0);
-    pieces += number;
-    partials += int64_t{row_blocks} * partials_of(cut);
+    const Request request = schedule::request_at(lengths, shape, i);
+    const Cut cut = make_cut(request, shape);
+    const int64_t items = schedule::bundles(request.row_blocks, group_size);
+    int64_t pieces = 0;
+    for (int line = 0; line < kNumLines; ++line) {
+      const Run run = run_of(cut, line);
+      memory.first_unit(line)[i + 1] = memory.first_unit(line)[i] + items * units_of(run, shape);
+      const int64_t end_part = memory.first_part(line)[i] + items * run.parts;
+      memory.first_part(line)[i + 1] = static_cast<int32_t>(end_part);
+      pieces += end_part;
+    }
+    partials += int64_t{request.row_blocks} * partials_of(cut);
+    memory.first_slot()[i + 1] = static_cast<int32_t>(partials);
     if (pieces > max_pieces(lengths, shape) || partials > max_partials(lengths, shape))
       throw std::invalid_argument("cu_seqlens_q makes too many pieces");
-    memory.first_part()[i + 1] = static_cast<int32_t>(pieces);
-    memory.first_slot()[i + 1] = static_cast<int32_t>(partials);
-    parts_of_class[size_class] += static_cast<int32_t>(number);
-    if (number > 0) size_of_class[size_class] = std::max(size_of_class[size_class], size);
   }
-
-  // The parts of each group, class by class: as many as have room below the least level with room for all.
-  auto least_level = [&](int64_t number, auto room) {
-    auto all_room = [&](int64_t level) {
-      int64_t sum = 0;
-      for (size_t g = 0; g < groups; ++g) sum += room(g, level);
-      return sum;
-    };
-    int64_t low = 0, high = 1;
-    while (all_room(high) < number) high *= 2;
-    while (low < high) {
-      const int64_t middle = low + (high - low) / 2;
-      if (all_room(middle) >= number) high = middle;
-      else low = middle + 1;
-    }
-    return low;
+  std::vector<int64_t> load;
+  std::vector<int32_t> first_of_group[kNumLines];
+  auto place = [&](int line, int64_t unit) {
+    return place_of(lengths, shape, memory, lengths.num_requests, line, unit);
   };
-  for (size_t size_class = 0; size_class < kRest; ++size_class) {
-    const int32_t number = parts_of_class[size_class], size = size_of_class[size_class];
-    int32_t* first_of_group = memory.first_of_group(static_cast<int32_t>(size_class));
-    auto slots = [&](size_t g, int64_t level) { return level > load[g] ? (level - load[g]) / size : 0; };
-    const int64_t level = number > 0 ? least_level(number, slots) : 0;
-    for (size_t g = 0; g < groups; ++g) {
-      const int64_t taken = std::min<int64_t>(slots(g, level), number - first_of_group[g]);
-      load[g] += taken * size;
-      first_of_group[g + 1] = first_of_group[g] + static_cast<int32_t>(taken);
-    }
+
+  // The long parts of each group, then the short ones.
+  const int64_t long_units = memory.first_unit(kLong)[requests], short_units = memory.first_unit(kShort)[requests];
+  for (int32_t g = 0; g <= num_groups; ++g) {
+    const Place<int64_t> begin = place(kLong, range_begin(long_units, num_groups, g));
+    first_of_group[kLong].push_back(begin.parts);
+    load.push_back(begin.units);
   }
-  auto missing = [&](size_t g, int64_t level) { return std::max<int64_t>(level - load[g], 0); };
-  const int64_t level = least_level(memory.first_unit[requests], missing);
+  auto missing = [&](size_t g, int64_t level) { return std::max<int64_t>(level - (load[g + 1] - load[g]), 0); };
+  auto room = [&](int64_t level) {
+    int64_t sum = 0;
+    for (size_t g = 0; g + 1 < load.size(); ++g) sum += missing(g, level);
+    return sum;
+  };
+  int64_t level = 0;
+  for (int64_t high = schedule::ceil_div<int64_t>(long_units + short_units, num_groups); level < high;) {
+    const int64_t middle = level + (high - level) / 2;
+    if (room(middle) >= short_units) high = middle;
+    else level = middle + 1;
+  }
   int64_t begin = 0;
-  for (size_t g = 0; g < groups; ++g) {
-    memory.first_of_group(kRest)[g] = parts_ahead(lengths, shape, memory, begin, parts_of_class[kRest]);
+  for (size_t g = 0; g + 1 < load.size(); ++g) {
+    first_of_group[kShort].push_back(place(kShort, begin).parts);
     begin += missing(g, level);
   }
-  memory.first_of_group(kRest)[groups] = parts_of_class[kRest];
+  first_of_group[kShort].push_back(memory.first_part(kShort)[requests]);
 
-  plan.pieces.resize(static_cast<size_t>(pieces));
-  for (int32_t number = 0; number < pieces; ++number) {
-    const Part part = part_at(lengths, shape, memory, number);
-    const int32_t size_class = class_of(part_units(part.cut, shape), largest);
-    const int32_t group =
-        schedule::last_not_above(memory.first_of_group(size_class), num_groups, part.number_of_class);
-    plan.pieces[static_cast<size_t>(piece_index(memory, size_class, part.number_of_class, group))] =
-        make_piece(part, memory, shape, group_size);
-    if (part.number == 0 && part.cut.parts > 1) plan.splits.push_back(make_split(part, memory, shape, group_size));
-  }
   for (int32_t worker = 0; worker < num_workers; ++worker) {
-    const int32_t g = worker / group_size;
+    const size_t g = static_cast<size_t>(worker / group_size);
     PlanWorker range{};
     range.member = worker % group_size;
     range.group_size = group_size;
-    if (g < num_groups) {
-      range.first_piece = pieces_before(memory, g);
-      range.end_piece = pieces_before(memory, g + 1);
-      if (range.first_piece < range.end_piece) range.last = plan.pieces[static_cast<size_t>(range.end_piece) - 1];
+    if (g + 1 < load.size()) {
+      range.first_piece = static_cast<int32_t>(plan.pieces.size());
+      if (range.member > 0) range.first_piece = plan.workers.back().first_piece;
+      for (int line = 0; range.member == 0 && line < kNumLines; ++line) {
+        for (int32_t number = first_of_group[line][g]; number < first_of_group[line][g + 1]; ++number) {
+          const Part part = part_at(lengths, shape, memory, lengths.num_requests, line, number);
+          plan.pieces.push_back(make_piece(part, memory, shape, group_size));
+          if (part.number == 0 && part.cut.parts() > 1)
+            plan.splits.push_back(make_split(part, memory, shape, group_size));
+        }
+      }
+      range.end_piece = static_cast<int32_t>(plan.pieces.size());
+      if (range.first_piece < range.end_piece) range.last = plan.pieces.back();
     }
     plan.workers.push_back(range);
   }

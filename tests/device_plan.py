@@ -350,7 +350,7 @@ def part_sizes(
     fixed = [12, 16 * workers]
     if batch_invariant:
         pieces = max(max_partials(batch, shape), items)
-        # An int64 and three int32 for each request, an int64 and seven for each worker.
-        return [*fixed, 8 * pieces, 8 * items, 5 * (b + 1) + 9 * (workers + 1)]
+        # Two int64 and three int32 for each request, one and two for each worker.
+        return [*fixed, 8 * pieces, 8 * items, 7 * (b + 1) + 4 * (workers + 1)]
     planners_own = 3 * (b + 1)  # an int64 and an int32 for each request
     return [*fixed, 8 * (items + workers), 8 * workers, planners_own]

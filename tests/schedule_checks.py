@@ -22,7 +22,7 @@ from mla import _mla
 
 ITEM_OVERHEAD_TOKENS, MIN_GROUP_TOKENS = _mla.ITEM_OVERHEAD_TOKENS, _mla.MIN_GROUP_TOKENS
 ALIGNMENT_SHARE = 64  # of schedule.h
-PART_OVERHEAD_TOKENS = 256  # of parts.h
+PART_OVERHEAD_TOKENS = 128  # of parts.h
 
 
 class Piece(NamedTuple):
@@ -190,25 +190,19 @@ class Schedule:
             assert all(first % (2 * self.block_n) == 0 for first, _ in ranges)
 
     def check_level(self) -> None:
-        """No group has more than an even share, a fifth more, and the largest part of the batch.
-
-        The parts of an item count as much as the longest of them.
-        """
+        """No group has more than an even share and the largest part of the batch."""
         overhead = self.tiles(PART_OVERHEAD_TOKENS)
-        longest: dict[tuple[int, int], int] = defaultdict(int)
-        for piece in self.pieces:
-            tokens = piece.last_token - piece.first_token
-            units = overhead + 2 * max(1, -(-tokens // (2 * self.block_n)))
-            item = piece.request, piece.row_block
-            longest[item] = max(longest[item], units)
         load: dict[int, int] = defaultdict(int)
+        largest = 0
         for piece in self.pieces:
             if piece.row_block % self.group_size == 0:
-                load[self.group(piece)] += longest[piece.request, piece.row_block]
+                tokens = piece.last_token - piece.first_token
+                units = overhead + 2 * max(1, -(-tokens // (2 * self.block_n)))
+                load[self.group(piece)] += units
+                largest = max(largest, units)
         groups = self.num_workers // self.group_size
         assert self.num_groups == groups
-        even, largest = sum(load.values()) / groups, max(longest.values(), default=0)
-        assert max(load.values(), default=0) <= 1.2 * even + largest + 1
+        assert max(load.values(), default=0) <= -(-sum(load.values()) // groups) + largest
 
     def check_splits(self) -> None:
         """What combine reads is what workers leave, in order, each piece in a slot of its own."""

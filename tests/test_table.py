@@ -109,7 +109,7 @@ def test_batch_invariant_workspace_formula(variant: Variant, max_len: int, parts
         assert needed == slots * variant.block_rows * (2 * variant.d_v + 36)
         pieces = max(slots, row_blocks)
         params = launch.sizes(sizes, num_workers=132, max_len=max_len)
-        schedule = 48 + 64 * 132 + 32 * pieces + 32 * row_blocks + 20 * 8 + 36 * 133
+        schedule = 48 + 64 * 132 + 32 * pieces + 32 * row_blocks + 28 * 8 + 16 * 133
         assert _mla.plan_bytes(variant.name, params) == schedule
 
 

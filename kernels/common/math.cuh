@@ -5,6 +5,10 @@
 
 namespace mla {
 
+__device__ __forceinline__ int divide(int n, FastDivisor by) {
+  return static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(n)) * by.multiplier >> by.shift);
+}
+
 // body(Index<First>{}), ..., body(Index<End - 1>{}): a loop whose counter is a constant in each round.
 template <int I>
 struct Index {

@@ -6,41 +6,24 @@
 
 namespace mla {
 
-// Of requests: parts, partial results, units of the rest, parts of each class.
-enum { kParts, kPartials, kRestUnits, kOfClass, kNumSums = kOfClass + parts::kNumClasses };
+// Of requests: units and parts on each line, and partial results.
+enum { kUnits, kParts = parts::kNumLines, kPartials = 2 * parts::kNumLines, kNumSums };
 
 // What the planner of small batches keeps in shared memory (parts::Memory).
 struct Near {
-  int32_t first_unit[parts::kSmallBatch + 1], load[parts::kSmallWorkers + 1];
-  int32_t parts[3 * (parts::kSmallBatch + 1) + parts::kNumClasses * (parts::kSmallWorkers + 1)];
+  int32_t units[parts::kNumLines * (parts::kSmallBatch + 1)], load[parts::kSmallWorkers + 1];
+  int32_t parts[(parts::kNumLines + 1) * (parts::kSmallBatch + 1) + parts::kNumLines * (parts::kSmallWorkers + 1)];
 };
-
-// By one warp: `slots(g, level)` parts of `size` units have room in a group below a level. The least one that `number` parts find room
-// below.
-template <class Unit, class Slots>
-__device__ __forceinline__ Unit least_level(Unit low, Unit high, Unit number, int32_t first, int32_t end, Slots slots) {
-  MLA_ROLLED
-  while (low < high) {
-    const Unit middle = low + (high - low) / 2;
-    Unit room = 0;
-    MLA_ROLLED
-    for (int32_t g = first; g < end; ++g) room += slots(g, middle);
-    if (warp_sum(room) >= number) high = middle;
-    else low = middle + 1;
-  }
-  return low;
-}
 
 template <bool Small>
 __device__ __forceinline__ void make_plan_of_parts(const Lengths& lengths, schedule::Shape shape, int32_t num_workers,
                                                    PlanHeader* out, parts::Limits limits) {
   using Unit = std::conditional_t<Small, int32_t, int64_t>;
-  constexpr int kRest = parts::kRest, kNumClasses = parts::kNumClasses;
-  __shared__ Unit sums_of_warps[kPlanWarps][kNumSums], units_of_warps[kPlanWarps][1];
+  constexpr int kLong = parts::kLong, kShort = parts::kShort, kNumLines = parts::kNumLines;
+  __shared__ Unit sums_of_warps[2][kPlanWarps][kNumSums], room_of_warps[kPlanWarps][1];
   __shared__ Unit units_of_group_size[schedule::kMaxGroupSize];
-  __shared__ int32_t row_blocks_of_warps[kPlanWarps], part_of_warps[kPlanWarps];
-  __shared__ int32_t parts_of_class[kNumClasses], size_of_class[kNumClasses];
-  __shared__ int32_t num_splits;
+  __shared__ int32_t row_blocks_of_warps[kPlanWarps];
+  __shared__ int32_t num_requests, num_splits;
   let_next_kernel_start();
   const int thread = threadIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const schedule::PlanView plan = schedule::view(out, num_workers);
@@ -48,171 +31,126 @@ __device__ __forceinline__ void make_plan_of_parts(const Lengths& lengths, sched
   parts::Memory<Unit> memory{lengths.num_requests, num_workers, nullptr, nullptr, nullptr};
   if constexpr (Small) {
     __shared__ Near near;
-    memory.first_unit = near.first_unit;
+    memory.units = near.units;
     memory.load = near.load;
     memory.parts = near.parts;
   } else {
     memory = parts::memory_of(plan, lengths, limits, num_workers);
   }
-  if (thread == 0) num_splits = 0;
-  if (thread < kNumClasses) size_of_class[thread] = 0;
-  MLA_ROLLED
-  for (int32_t g = thread; g < num_workers; g += kPlanThreads) memory.load[g] = 0;
+  if (thread == 0) {
+    num_splits = 0;
+    num_requests = lengths.num_requests;
+  }
 
-  // Each thread has some neighbouring requests. What they cost if each is one item:
+  // Each thread has some neighbouring requests. What they and those before them have, if each is one item:
   const int32_t share = schedule::blocks_of(lengths.num_requests, kPlanThreads);
   const int32_t first = min(thread * share, lengths.num_requests), end = min(first + share, lengths.num_requests);
-  Unit units[1] = {}, all_units[1];
-  int32_t max_row_blocks = 0, max_part = 0;
-  MLA_ROLLED
-  for (int32_t i = first; i < end; ++i) {
+  auto add_request = [&](int32_t i, int32_t items_at_most, int32_t group_size, Unit(&sums)[kNumSums]) {
     const schedule::Request request = schedule::request_at(lengths, shape, i);
     const parts::Cut cut = parts::make_cut(request, shape);
-    units[0] += parts::item_units(cut, shape);
-    max_row_blocks = max(max_row_blocks, request.row_blocks);
-    max_part = max(max_part, parts::part_units(cut, shape));
-  }
-  max_row_blocks = __reduce_max_sync(kAllLanes, max_row_blocks);
-  max_part = __reduce_max_sync(kAllLanes, max_part);
-  if (lane == 0) {
-    row_blocks_of_warps[warp] = max_row_blocks;
-    part_of_warps[warp] = max_part;
-  }
-  block_prefix(units, all_units, units_of_warps);  // its barrier is that of the other two, too
-  max_row_blocks = __reduce_max_sync(kAllLanes, row_blocks_of_warps[lane % kPlanWarps]);
-  max_part = __reduce_max_sync(kAllLanes, part_of_warps[lane % kPlanWarps]);
-  const int32_t group_size = choose_group_size(
-      lengths, shape, max_row_blocks, num_workers, all_units[0], units_of_group_size,
-      [&](const schedule::Request& request) { return parts::item_units(parts::make_cut(request, shape), shape); });
-  const int32_t num_groups = schedule::groups_of(num_workers, group_size);
-
-  // What those before a thread's requests have.
-  struct Counted {
-    Unit parts, partials;
-    int32_t size, size_class;
-  };
-  auto count = [&](int32_t i) -> Counted {
-    const schedule::Request request = schedule::request_at(lengths, shape, i);
-    const parts::Cut cut = parts::make_cut(request, shape);
-    const int32_t size = parts::part_units(cut, shape);
-    return {Unit{schedule::bundles(request.row_blocks, group_size)} * cut.parts,
-            Unit{request.row_blocks} * parts::partials_of(cut), size, parts::class_of(size, max_part)};
-  };
-  auto add = [&](const Counted& of, Unit(&sums)[kNumSums]) {
-    sums[kParts] += of.parts;
-    sums[kPartials] += of.partials;
-    sums[kRestUnits] += of.size_class == kRest ? of.parts * of.size : 0;
+    const Unit items = min(schedule::bundles(request.row_blocks, group_size), items_at_most);
 #pragma unroll
-    for (int each = 0; each < kNumClasses; ++each) sums[kOfClass + each] += each == of.size_class ? of.parts : 0;
+    for (int line = 0; line < kNumLines; ++line) {
+      const parts::Run run = parts::run_of(cut, line);
+      sums[kUnits + line] += items * parts::units_of(run, shape);
+      sums[kParts + line] += items * run.parts;
+    }
+    sums[kPartials] += Unit{min(request.row_blocks, items_at_most)} * parts::partials_of(cut);
+    return request.row_blocks;
   };
   Unit before[kNumSums] = {}, all[kNumSums];
+  int32_t max_row_blocks = 0;
   MLA_ROLLED
-  for (int32_t i = first; i < end; ++i) {
-    const Counted counted = count(i);
-    if (counted.parts > 0) atomicMax(&size_of_class[counted.size_class], counted.size);
-    add(counted, before);
+  for (int32_t i = first; i < end; ++i) max_row_blocks = max(max_row_blocks, add_request(i, 1, 1, before));
+  max_row_blocks = __reduce_max_sync(kAllLanes, max_row_blocks);
+  if (lane == 0) row_blocks_of_warps[warp] = max_row_blocks;
+  block_prefix(before, all, sums_of_warps[0]);  // its barrier is that of the row blocks, too
+  max_row_blocks = __reduce_max_sync(kAllLanes, row_blocks_of_warps[lane % kPlanWarps]);
+  const int32_t group_size = choose_group_size(
+      lengths, shape, max_row_blocks, num_workers, all[kUnits + kLong] + all[kUnits + kShort], units_of_group_size,
+      [&](const schedule::Request& request) { return parts::item_units(parts::make_cut(request, shape), shape); });
+  const int32_t num_groups = schedule::groups_of(num_workers, group_size);
+  // The same with all items that they are.
+  const bool ragged = lengths.cu_seqlens_q != nullptr;
+  if (max_row_blocks > 1 && !ragged) {
+    const Unit items = schedule::bundles(max_row_blocks, group_size);
+#pragma unroll
+    for (int i = 0; i < kNumSums; ++i) {
+      const Unit times = i == kPartials ? max_row_blocks : items;
+      before[i] *= times, all[i] *= times;
+    }
+  } else if (max_row_blocks > 1) {
+#pragma unroll
+    for (int i = 0; i < kNumSums; ++i) before[i] = 0;
+    MLA_ROLLED
+    for (int32_t i = first; i < end; ++i) add_request(i, INT32_MAX, group_size, before);
+    block_prefix(before, all, sums_of_warps[1]);
   }
-  block_prefix(before, all, sums_of_warps);
-  // Requests whose query tokens overlap can have more than there is room for: then none has any.
-  const bool fits = all[kParts] <= limits.pieces && all[kPartials] <= limits.partials;
+
+  // Where each request begins on the lines. Requests whose query tokens overlap can have more parts or partial results than there is
+  // room for: from the first of these on, all are left out.
   auto write_place = [&](int32_t i, const Unit(&sums)[kNumSums]) {
-    memory.first_unit[i] = fits ? sums[kRestUnits] : 0;
-    memory.first_part()[i] = fits ? static_cast<int32_t>(sums[kParts]) : 0;
-    memory.first_slot()[i] = static_cast<int32_t>(sums[kPartials]);
+#pragma unroll
+    for (int line = 0; line < kNumLines; ++line) {
+      memory.first_unit(line)[i] = sums[kUnits + line];
+      memory.first_part(line)[i] = static_cast<int32_t>(min(sums[kParts + line], Unit{limits.pieces}));
+    }
+    memory.first_slot()[i] = static_cast<int32_t>(min(sums[kPartials], Unit{limits.partials}));
   };
   MLA_ROLLED
   for (int32_t i = first; i < end; ++i) {
     write_place(i, before);
-    const Counted counted = count(i);
-#pragma unroll
-    for (int each = 0; each < kNumClasses; ++each)
-      if (each == counted.size_class) memory.first_of_class()[i] = static_cast<int32_t>(before[kOfClass + each]);
-    add(counted, before);
+    if (i + 1 == end && !ragged) break;
+    add_request(i, INT32_MAX, group_size, before);
+    if (before[kParts + kLong] + before[kParts + kShort] > limits.pieces || before[kPartials] > limits.partials)
+      atomicMin(&num_requests, i);
   }
-  if (thread == 0) {
-    write_place(lengths.num_requests, all);
-#pragma unroll
-    for (int each = 0; each < kNumClasses; ++each)
-      parts_of_class[each] = fits ? static_cast<int32_t>(all[kOfClass + each]) : 0;
-  }
-  __syncthreads();  // all parts are counted
+  if (thread == 0) write_place(lengths.num_requests, all);
+  __syncthreads();  // the lines are complete
 
-  // A warp deals: each of its lanes has some neighbouring groups.
-  if (warp == 0) {
-    const int32_t groups = schedule::blocks_of(num_groups, 32);
-    const int32_t first_group = min(lane * groups, num_groups), end_group = min(first_group + groups, num_groups);
-    auto lanes_before = [&](Unit x) {
-      Unit upto = x;
-      MLA_ROLLED
-      for (int step = 1; step < 32; step *= 2) {
-        const Unit other = __shfl_up_sync(kAllLanes, upto, step);
-        if (lane >= step) upto += other;
-      }
-      return upto - x;
-    };
-    Unit fullest = 0;
-    auto emptiest = [&] {
-      Unit least = fullest;
-      MLA_ROLLED
-      for (int32_t g = first_group; g < end_group; ++g) least = min(least, memory.load[g]);
-      return warp_min(least);
-    };
-    MLA_ROLLED
-    for (int size_class = 0; size_class < kRest; ++size_class) {
-      const int32_t number = parts_of_class[size_class], size = size_of_class[size_class];
-      int32_t* first_of_group = memory.first_of_group(size_class);
-      if (lane == 0) first_of_group[num_groups] = number;
-      const FastDivisor by_size = make_fast_divisor(max(size, 1));
-      auto slots = [&](int32_t g, Unit level) -> Unit {
-        const Unit room = level - memory.load[g];
-        if constexpr (Small) return room > 0 ? divide(room, by_size) : 0;
-        else return room > 0 ? schedule::quotient<Unit>(room, size) : 0;
-      };
-      Unit level = 0;
-      if (number > 0) {
-        const Unit high = fullest + Unit{schedule::ceil_div(number, num_groups)} * size;
-        level = least_level<Unit>(emptiest() + size, high, number, first_group, end_group, slots);
-      }
-      Unit mine = 0;
-      MLA_ROLLED
-      for (int32_t g = first_group; g < end_group; ++g) mine += slots(g, level);
-      Unit begin = min(lanes_before(mine), Unit{number});
-      MLA_ROLLED
-      for (int32_t g = first_group; g < end_group; ++g) {
-        first_of_group[g] = static_cast<int32_t>(begin);
-        const Unit taken = min(slots(g, level), number - begin);
-        memory.load[g] += taken * size;
-        begin += taken;
-      }
-      fullest = max(fullest, level);
-    }
-    // The rest: up to the least level that takes them all.
-    const Unit rest = memory.first_unit[lengths.num_requests];
-    auto missing = [&](int32_t g, Unit level) { return max(level - memory.load[g], Unit{0}); };
-    Unit level = 0;
-    if (rest > 0) {
-      const Unit high = fullest + schedule::ceil_div<Unit>(rest, num_groups);
-      level = least_level<Unit>(emptiest(), high, rest, first_group, end_group, missing);
-    }
-    Unit mine = 0;
-    MLA_ROLLED
-    for (int32_t g = first_group; g < end_group; ++g) mine += missing(g, level);
-    Unit begin = lanes_before(mine);
-    MLA_ROLLED
-    for (int32_t g = first_group; g < end_group; ++g) {
-      const Unit taken = missing(g, level);
-      memory.load[g] = begin;
-      begin += taken;
-    }
-  }
-  __syncthreads();  // the groups' shares are known
-  const int32_t number_of_rest = parts_of_class[kRest];
+  // The long parts of each group.
+  auto place_of = [&](int line, Unit unit) {
+    return parts::place_of(lengths, shape, memory, num_requests, line, unit);
+  };
+  const Unit long_units = memory.first_unit(kLong)[num_requests], short_units = memory.first_unit(kShort)[num_requests];
   MLA_ROLLED
-  for (int32_t g = thread; g <= num_groups; g += kPlanThreads)
-    memory.first_of_group(kRest)[g] =
-        g < num_groups ? parts::parts_ahead<Unit>(lengths, shape, memory, memory.load[g], number_of_rest) : number_of_rest;
+  for (int32_t g = thread; g <= num_groups; g += kPlanThreads) {
+    const parts::Place<Unit> place = place_of(kLong, parts::range_begin(long_units, num_groups, g));
+    memory.first_of_group(kLong)[g] = place.parts;
+    memory.load[g] = place.units;
+  }
+  __syncthreads();  // the loads are complete
+
+  // The short ones: up to the least level that takes them all, which each warp finds by itself.
+  auto load_of = [&](int32_t g) { return memory.load[g + 1] - memory.load[g]; };
+  auto missing = [&](int32_t g, Unit level) { return max(level - load_of(g), Unit{0}); };
+  Unit least = load_of(0);
+  MLA_ROLLED
+  for (int32_t g = lane; g < num_groups; g += 32) least = min(least, load_of(g));
+  Unit level = warp_min(least) + schedule::ceil_div<Unit>(short_units, num_groups);
+  MLA_ROLLED
+  for (Unit high = schedule::ceil_div<Unit>(long_units + short_units, num_groups); level < high;) {
+    const Unit middle = level + (high - level) / 2;
+    Unit room = 0;
+    for (int32_t g = lane; g < num_groups; g += 32) room += missing(g, middle);
+    if (warp_sum(room) >= short_units) high = middle;
+    else level = middle + 1;
+  }
+  const int32_t groups = schedule::blocks_of(num_groups, kPlanThreads);  // of a thread
+  const int32_t first_group = min(thread * groups, num_groups), end_group = min(first_group + groups, num_groups);
+  Unit room[1] = {}, all_room[1];
+  MLA_ROLLED
+  for (int32_t g = first_group; g < end_group; ++g) room[0] += missing(g, level);
+  block_prefix(room, all_room, room_of_warps);
+  MLA_ROLLED
+  for (int32_t g = first_group; g < end_group; ++g) {
+    memory.first_of_group(kShort)[g] = place_of(kShort, room[0]).parts;
+    room[0] += missing(g, level);
+  }
+  if (thread == 0) memory.first_of_group(kShort)[num_groups] = memory.first_part(kShort)[num_requests];
   __syncthreads();  // the groups' parts are known
 
+  const int32_t *longs = memory.first_of_group(kLong), *shorts = memory.first_of_group(kShort);
   MLA_ROLLED
   for (int32_t worker = thread; worker < num_workers; worker += kPlanThreads) {
     const int32_t g = schedule::groups_of(worker, group_size);
@@ -220,28 +158,30 @@ __device__ __forceinline__ void make_plan_of_parts(const Lengths& lengths, sched
     range.member = worker - g * group_size;
     range.group_size = group_size;
     if (g < num_groups) {
-      range.first_piece = parts::pieces_before(memory, g);
-      range.end_piece = parts::pieces_before(memory, g + 1);
+      range.first_piece = longs[g] + shorts[g];
+      range.end_piece = longs[g + 1] + shorts[g + 1];
     }
     plan.workers[worker] = range;
   }
   __syncthreads();  // the workers are there, but for their last pieces
 
+  // In a group the long ones come first.
   MLA_ROLLED
-  for (int32_t number = thread; number < memory.first_part()[lengths.num_requests]; number += kPlanThreads) {
-    const parts::Part part = parts::part_at(lengths, shape, memory, number);
-    const int32_t size_class = parts::class_of(parts::part_units(part.cut, shape), max_part);
-    const int32_t* first_of_group = memory.first_of_group(size_class);
-    const int32_t g = schedule::last_not_above(first_of_group, num_groups, part.number_of_class);
-    const int32_t index = parts::piece_index(memory, size_class, part.number_of_class, g);
-    const Piece piece = parts::make_piece(part, memory, shape, group_size);
-    plan.pieces[index] = piece;
-    if (index + 1 == parts::pieces_before(memory, g + 1))
-      for (int32_t member = 0; member < group_size; ++member) plan.workers[g * group_size + member].last = piece;
-    if (part.number > 0 || part.cut.parts == 1) continue;
-    // In any order: it changes which CTA combines an item, not what it computes.
-    const int32_t split = atomicAdd(&num_splits, 1);
-    if (split < limits.items) splits[split] = parts::make_split(part, memory, shape, group_size);
+  for (int line = 0; line < kNumLines; ++line) {
+    MLA_ROLLED
+    for (int32_t number = thread; number < memory.first_part(line)[num_requests]; number += kPlanThreads) {
+      const parts::Part part = parts::part_at(lengths, shape, memory, num_requests, line, number);
+      const int32_t g = schedule::last_not_above(memory.first_of_group(line), num_groups, number);
+      const int32_t index = number + (line == kLong ? shorts[g] : longs[g + 1]);
+      const Piece piece = parts::make_piece(part, memory, shape, group_size);
+      plan.pieces[index] = piece;
+      if (index + 1 == longs[g + 1] + shorts[g + 1])
+        for (int32_t member = 0; member < group_size; ++member) plan.workers[g * group_size + member].last = piece;
+      if (part.number > 0 || part.cut.parts() == 1) continue;
+      // In any order: it changes which CTA combines an item, not what it computes.
+      const int32_t split = atomicAdd(&num_splits, 1);
+      if (split < limits.items) splits[split] = parts::make_split(part, memory, shape, group_size);
+    }
   }
   __syncthreads();  // num_splits is complete
   if (thread == 0) {

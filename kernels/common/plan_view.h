@@ -3,6 +3,14 @@
 
 #include "../params.h"
 
+#ifdef __CUDACC__
+#define MLA_HD __host__ __device__ __forceinline__
+#define MLA_ROLLED _Pragma("unroll 1")
+#else
+#define MLA_HD inline
+#define MLA_ROLLED
+#endif
+
 namespace mla::schedule {
 
 struct PlanView {
