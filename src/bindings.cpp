@@ -127,7 +127,7 @@ nb::typed<nb::tuple, int32_t, int64_t, int64_t, int32_t, double, double, bool, d
     int64_t b, int64_t rows, int64_t length, int32_t block_rows, int32_t block_n, int32_t num_workers) {
   const EqualCut c = cut_equal(b, rows, length, block_rows, block_n, num_workers);
   return nb::make_tuple(c.group_size, c.kv_rows, c.query_rows, c.filled_rows, c.longest, c.further_items, c.long_items,
-                        c.further_parts, c.partial_rows);
+                        c.further_parts, c.partial_rows, c.busy);
 }
 
 void bind_errors(nb::module_& m) {
