@@ -64,7 +64,7 @@ void launch_append(std::string_view dtype, const AppendAddresses& addresses, con
   const ContextGuard guard(device);
   const int64_t ctas = (int64_t{p.num_tokens} + kAppendTokensPerCta - 1) / kAppendTokensPerCta;
   launch_kernel(get_kernel("append", entry, device, Occupancy::any), static_cast<unsigned>(ctas), kAppendThreads,
-                stream, Start::after_kernel_before, p);
+                stream, p);
 }
 
 }  // namespace mla

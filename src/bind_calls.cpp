@@ -38,6 +38,9 @@ using Any = nb::typed<nb::object, nb::any>;
 }  // namespace
 
 void bind_calls(nb::module_& m) {
+  m.attr("VARIANT_VARIABLE") = kVariantVariable;
+  m.attr("LOG_VARIABLE") = kLogVariable;
+  m.attr("VALIDATE_VARIABLE") = kValidateVariable;
   m.def("forced_variant", [] { return read_settings().forced_variant; }, "MLA_VARIANT; empty when it is not set.");
   m.def("logs_dispatch", [] { return read_settings().logs_dispatch; }, "Whether MLA_LOG asks for it.");
   m.def("validates", [] { return read_settings().validates; }, "Whether MLA_VALIDATE asks for it.");
@@ -80,16 +83,16 @@ void bind_calls(nb::module_& m) {
          nb::handle out, nb::handle lse, nb::handle workspace, nb::handle plan, nb::handle scale, nb::handle causal,
          nb::handle d_v, nb::handle return_lse, nb::handle batch_invariant, nb::handle max_seq_len,
          std::string_view forced, std::string_view variant, std::string_view dtype, int device,
-         const DecodeParams& sizes, nb::handle choose) -> Any {
+         const DecodeParams& sizes, nb::handle chooser) -> Any {
         const Arguments arguments{q,          kv_cache,        block_table, seq_lens, cu_seqlens_q,   out,
                                   lse,        workspace,       plan,        scale,    causal,         d_v,
                                   return_lse, batch_invariant, max_seq_len, forced,   read_settings()};
-        return Any(decode_first(arguments, find_variant(variant), find_dtype(dtype), device, sizes, choose));
+        return Any(decode_first(arguments, find_variant(variant), find_dtype(dtype), device, sizes, chooser));
       },
       "q"_a.none(), "kv_cache"_a.none(), "block_table"_a.none(), "seq_lens"_a.none(), "cu_seqlens_q"_a.none(),
       "out"_a.none(), "lse"_a.none(), "workspace"_a.none(), "plan"_a.none(), "scale"_a.none(), "causal"_a.none(),
       "d_v"_a.none(), "return_lse"_a.none(), "batch_invariant"_a.none(), "max_seq_len"_a.none(), "forced"_a,
-      "variant"_a, "dtype"_a, "device"_a, "sizes"_a, "choose"_a.none(),
+      "variant"_a, "dtype"_a, "device"_a, "sizes"_a, "chooser"_a.none(),
       "The same for a call that was checked; prepares for others like it.");
 
   m.def(

@@ -9,8 +9,8 @@
 
 #include "append.h"
 #include "bind_calls.h"
+#include "bind_choice.h"
 #include "bind_params.h"
-#include "cut.h"
 #include "driver.h"
 #include "host_schedule.h"
 #include "images.h"
@@ -123,13 +123,6 @@ Record host_schedule(const std::vector<int32_t>& seq_lens, const std::optional<s
 
 // ---- Errors ----
 
-nb::typed<nb::tuple, int32_t, int64_t, int64_t, int32_t, double, double, bool, double, double> cut(
-    int64_t b, int64_t rows, int64_t length, int32_t block_rows, int32_t block_n, int32_t num_workers) {
-  const EqualCut c = cut_equal(b, rows, length, block_rows, block_n, num_workers);
-  return nb::make_tuple(c.group_size, c.kv_rows, c.query_rows, c.filled_rows, c.longest, c.further_items, c.long_items,
-                        c.further_parts, c.partial_rows, c.busy);
-}
-
 void bind_errors(nb::module_& m) {
   static PyObject* cuda_error = nullptr;
   const std::string name = nb::cast<std::string>(m.attr("__name__")) + ".CudaError";
@@ -161,11 +154,15 @@ NB_MODULE(_mla, m) {
   bind_errors(m);
   bind_params(m);
   bind_calls(m);
+  bind_choice(m);
 
   m.attr("ITEM_OVERHEAD_TOKENS") = schedule::kItemOverheadTokens;
+  m.attr("SHORT_TOKENS") = schedule::kShortTokens;
+  m.attr("MEDIUM_TOKENS") = schedule::kMediumTokens;
+  m.attr("LOW_ROWS") = schedule::kLowRows;
+  m.attr("MIN_GROUP_TOKENS_OF_SHORT") = schedule::kMinGroupTokensOfShort;
   m.attr("MIN_GROUP_TOKENS") = schedule::kMinGroupTokens;
-  m.attr("MIN_GROUP_TOKENS_OF_MANY") = schedule::kMinGroupTokensOfMany;
-  m.attr("FEW_TOKENS") = schedule::kFewTokens;
+  m.attr("MIN_GROUP_TOKENS_OF_LONG") = schedule::kMinGroupTokensOfLong;
   m.attr("MAX_GROUP_SIZE") = schedule::kMaxGroupSize;
   m.attr("ALIGNMENT_SHARE") = schedule::kAlignmentShare;
   m.attr("MIN_BOX_ROWS") = kMinBoxRows;
@@ -202,9 +199,6 @@ NB_MODULE(_mla, m) {
         "block_rows"_a, "block_n"_a, "merges_pairs"_a, "num_workers"_a, "batch_invariant"_a = false,
         "The schedule that launch_plan would write, made on the host, with the pieces that it gives each worker.");
 
-  m.def("cut", &cut, "b"_a, "rows"_a, "length"_a, "block_rows"_a, "block_n"_a, "num_workers"_a,
-        "What a schedule is for requests of one length: the fields of EqualCut in src/cut.h.");
-
   m.def(
       "preload", [](int device, std::string_view variant) { preload(find_variant(variant), device); }, "device"_a,
       "variant"_a, nb::call_guard<nb::gil_scoped_release>(),
@@ -218,19 +212,20 @@ NB_MODULE(_mla, m) {
       "Writes the schedule for params' lengths, num_workers and batch_invariant to params.plan.");
   m.def(
       "launch_decode",
-      [](std::string_view variant, std::string_view dtype, const DecodeParams& params, bool behind_planner, int device,
-         uintptr_t stream) {
-        launch_decode(find_variant(variant), find_dtype(dtype), params, behind_planner, device, stream);
-      },
-      "variant"_a, "dtype"_a, "params"_a, "behind_planner"_a, "device"_a, "stream"_a,
-      "Runs the variant's kernel by params.plan, then combines what was split. `behind_planner`: the launch before in "
-      "the stream was launch_plan's.");
+      [](std::string_view variant, std::string_view dtype, const DecodeParams& params, bool plans, int device,
+         uintptr_t stream) { launch_decode(find_variant(variant), find_dtype(dtype), params, plans, device, stream); },
+      "variant"_a, "dtype"_a, "params"_a, "plans"_a, "device"_a, "stream"_a,
+      "Runs the variant's kernel by params.plan, which it writes first if `plans`, then combines what was split.");
   m.def("launch_append", &launch_append, "dtype"_a, "addresses"_a, "strides"_a, "sizes"_a, "interleaved"_a, "device"_a,
         "stream"_a,
         "Writes rows of new tokens into a paged cache. What stands where: AppendAddresses, AppendStrides and "
         "AppendSizes of src/append.h.");
   m.def("launch_stream", &launch_stream, "address"_a, "bytes"_a, "sum"_a, "ctas"_a, "device"_a, "stream"_a,
         "Reads memory once, as benchmarks' floor, and adds its 32-bit words by exclusive or to the one at `sum`.");
+  m.def("launch_empty", &launch_empty, "beside"_a, "device"_a, "stream"_a,
+        "Launches a kernel that does nothing, beside the kernel before or behind it.");
+  m.def("queue_empty", &queue_empty, "launches"_a, "device"_a, "stream"_a,
+        "Queues 1 to 3 of them as mla.decode queues its launches, with other parameters than before.");
   m.def("launch_merge", &launch_merge, "dtype"_a, "addresses"_a, "strides"_a, "sizes"_a, "d"_a, "device"_a, "stream"_a,
         "Merges two attention states: o_a, o_b, out, then lse_a, lse_b, lse. Rows of `d` columns in three dimensions.");
 }

@@ -46,6 +46,7 @@ std::string look_up_calls(Driver& calls, decltype(&::cuGetProcAddress) get_addre
 #define X(call, since) look_up(calls.call, since);
   MLA_OPTIONAL_DRIVER_CALLS(X)
 #undef X
+  look_up(calls.add_graph_dependencies, 12030);
   return missing;
 }
 
@@ -131,6 +132,8 @@ int compute_capability(int device) {
   return capability;
 }
 
+bool overlaps_launches(int device) { return compute_capability(device) >= 90; }
+
 bool capturing(int device, uintptr_t stream) {
   const ContextGuard guard(device);  // the default stream is that of the current context
   CUstreamCaptureStatus status;
@@ -138,12 +141,15 @@ bool capturing(int device, uintptr_t stream) {
   return status != CU_STREAM_CAPTURE_STATUS_NONE;
 }
 
-ContextGuard::ContextGuard(int device) {
-  const CUcontext wanted = primary_context(device);
+bool is_current(int device) {
   CUcontext current = nullptr;
   driver().cuCtxGetCurrent(&current);
-  if (current == wanted) return;
-  driver().cuCtxPushCurrent(wanted);
+  return current == primary_context(device);
+}
+
+ContextGuard::ContextGuard(int device) {
+  if (is_current(device)) return;
+  driver().cuCtxPushCurrent(primary_context(device));
   pushed_ = true;
 }
 

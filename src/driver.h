@@ -41,23 +41,31 @@ struct DriverCall<CUresult(Args...)> {
 
 // Each with the CUDA version that defined the form we call; asking for it by version keeps its ABI fixed, whatever the
 // driver.
-#define MLA_DRIVER_CALLS(X)         \
-  X(cuInit, 2000)                   \
-  X(cuDriverGetVersion, 2020)       \
-  X(cuGetErrorName, 6000)           \
-  X(cuGetErrorString, 6000)         \
-  X(cuDeviceGet, 2000)              \
-  X(cuDeviceGetAttribute, 2000)     \
-  X(cuDevicePrimaryCtxRetain, 7000) \
-  X(cuCtxGetCurrent, 4000)          \
-  X(cuCtxPushCurrent, 4000)         \
-  X(cuCtxPopCurrent, 4000)          \
-  X(cuStreamIsCapturing, 10000)     \
-  X(cuLibraryLoadData, 12000)       \
-  X(cuLibraryGetKernel, 12000)      \
-  X(cuKernelGetFunction, 12000)     \
-  X(cuKernelSetAttribute, 12000)    \
-  X(cuLaunchKernelEx, 11060)
+#define MLA_DRIVER_CALLS(X)                   \
+  X(cuInit, 2000)                             \
+  X(cuDriverGetVersion, 2020)                 \
+  X(cuGetErrorName, 6000)                     \
+  X(cuGetErrorString, 6000)                   \
+  X(cuDeviceGet, 2000)                        \
+  X(cuDeviceGetAttribute, 2000)               \
+  X(cuDevicePrimaryCtxRetain, 7000)           \
+  X(cuCtxGetCurrent, 4000)                    \
+  X(cuCtxPushCurrent, 4000)                   \
+  X(cuCtxPopCurrent, 4000)                    \
+  X(cuStreamGetPriority, 5050)                \
+  X(cuStreamIsCapturing, 10000)               \
+  X(cuThreadExchangeStreamCaptureMode, 10010) \
+  X(cuLibraryLoadData, 12000)                 \
+  X(cuLibraryGetKernel, 12000)                \
+  X(cuKernelGetFunction, 12000)               \
+  X(cuKernelSetAttribute, 12000)              \
+  X(cuLaunchKernelEx, 11060)                  \
+  X(cuGraphCreate, 10000)                     \
+  X(cuGraphAddKernelNode, 12000)              \
+  X(cuGraphKernelNodeSetAttribute, 11000)     \
+  X(cuGraphInstantiateWithFlags, 11040)       \
+  X(cuGraphExecKernelNodeSetParams, 12000)    \
+  X(cuGraphLaunch, 10000)
 
 // Those that we can do without: null where the driver has none.
 #define MLA_OPTIONAL_DRIVER_CALLS(X) X(cuTensorMapEncodeTiled, 12000)
@@ -67,6 +75,8 @@ struct Driver {
   MLA_DRIVER_CALLS(X)
   MLA_OPTIONAL_DRIVER_CALLS(X)
 #undef X
+  // Optional, too. The driver calls it by the name that headers before 13 have for an older form.
+  DriverCall<decltype(::cuGraphAddDependencies_v2)> add_graph_dependencies{"cuGraphAddDependencies"};
 };
 
 // The driver, initialised. Throws CudaError when there is none that can be used.
@@ -81,8 +91,14 @@ int driver_version();
 // Of a device, as 90 for 9.0.
 int compute_capability(int device);
 
+// Whether a device has programmatic dependent launch: a kernel may start while the one before still runs.
+bool overlaps_launches(int device);
+
 // Whether a stream is being captured into a graph.
 bool capturing(int device, uintptr_t stream);
+
+// Whether the primary context of a device is this thread's current one.
+bool is_current(int device);
 
 // Makes the primary context of a device, which is PyTorch's too, current for the life of the guard. A thread that has
 // launched nothing yet has no current context, and one that works on another device has another.

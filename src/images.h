@@ -1,5 +1,5 @@
-// The kernel images that are embedded in this module: fatbins, one per row of kernels/variants.inc, plus `plan`,
-// `combine`, `append` and `merge`.
+// The kernel images that are embedded in this module: fatbins, one per row of kernels/variants.inc, plus those of
+// kernels/common.
 #pragma once
 
 #include <cstddef>

@@ -3,21 +3,29 @@
 #include <map>
 #include <mutex>
 #include <stdexcept>
+#include <string>
 #include <tuple>
+#include <utility>
 
+#include "chain.h"
 #include "common/parts.h"
-#include "launch_kernel.h"
 #include "tensor_map.h"
 
 namespace mla {
 namespace {
 
-// Programmatic dependent launch: a kernel may start while the one before still runs.
-bool overlaps_launches(int device) { return compute_capability(device) >= 90; }
-
-// An entry point of the two images that differ in whether they have the instructions for it.
-const Kernel& common_kernel(const char* name, const std::string& entry, int device) {
-  return get_kernel(std::string(name) + (overlaps_launches(device) ? "_sm90" : "_sm80"), entry, device, Occupancy::any);
+// An entry point of the two images that differ in whether they have the instructions for it. Looked up by its name once for a device;
+// then by the name's address.
+const Kernel& common_kernel(const char* name, const char* entry, int device) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, const char*>, const Kernel*> all;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const Kernel*& kernel = all[{device, entry}];
+  if (!kernel) {
+    const std::string image = std::string(name) + (overlaps_launches(device) ? "_sm90" : "_sm80");
+    kernel = &get_kernel(image, entry, device, Occupancy::any);
+  }
+  return *kernel;
 }
 const Kernel& plan_kernel(bool small, bool ragged, int device) {
   return common_kernel("plan", kPlanEntries[small][ragged], device);
@@ -39,12 +47,11 @@ const DecodeKernels& decode_kernels(const Variant& variant, Dtype dtype, int dev
   const std::tuple key(device, &variant, dtype);
   if (const auto found = all.find(key); found != all.end()) return found->second;
   const bool overlaps = overlaps_launches(device);
-  const auto start = [](bool beside) { return beside ? Start::beside_kernel_before : Start::after_kernel_before; };
   return all
       .emplace(key, DecodeKernels{&get_kernel(variant.name, decode_entry(variant, dtype), device,
                                               Occupancy::one_block_per_sm, variant.smem_bytes),
-                                  &common_kernel("combine", combine_entry(variant, dtype), device),
-                                  start(overlaps && waits_for_plan(variant)), start(overlaps)})
+                                  &common_kernel("combine", combine_entry(variant, dtype).c_str(), device),
+                                  start_of(overlaps && waits_for_plan(variant)), start_of(overlaps)})
       .first->second;
 }
 
@@ -55,24 +62,39 @@ unsigned combine_ctas(const Variant& variant, const DecodeParams& params) {
   return static_cast<unsigned>(schedule::clamp<int64_t>(tasks, 1, int64_t{kCombineCtasPerWorker} * params.num_workers));
 }
 
+// What the planner is launched with, until it is.
+struct PlanArguments {
+  schedule::Shape shape;
+  parts::Limits limits;  // of a batch-invariant plan
+};
+
+// After all that came before, on which a decode kernel that starts beside it relies.
+void add_plan(const Variant& variant, const DecodeParams& params, int device, PlanArguments& arguments, Chain& chain) {
+  const Lengths& lengths = params.lengths;
+  const schedule::Shape shape = arguments.shape = shape_of(variant);
+  const auto add = [&](const Kernel& kernel, const auto&... limits) {
+    chain.add(make_launch(kernel, 1, kPlanThreads, Start::after_kernel_before, lengths, arguments.shape,
+                          params.num_workers, params.plan, limits...));
+  };
+  if (params.batch_invariant) {
+    arguments.limits = parts::limits_of(lengths, shape);
+    add(plan_parts_kernel(parts::is_small(lengths, shape, params.num_workers), device), arguments.limits);
+  } else {
+    add(plan_kernel(schedule::is_small(lengths, shape), lengths.cu_seqlens_q != nullptr, device));
+  }
+}
+
 }  // namespace
 
 void launch_plan(const Variant& variant, const DecodeParams& params, int device, uintptr_t stream) {
   const ContextGuard guard(device);
-  const Lengths& lengths = params.lengths;
-  const schedule::Shape shape = shape_of(variant);
-  const int32_t workers = params.num_workers;
-  // After all that came before, on which a decode kernel that starts beside this one relies.
-  const auto launch = [&](const Kernel& kernel, const auto&... limits) {
-    launch_kernel(kernel, 1, kPlanThreads, stream, Start::after_kernel_before, lengths, shape, workers,
-                  const_cast<PlanHeader*>(params.plan), limits...);
-  };
-  if (params.batch_invariant)
-    launch(plan_parts_kernel(parts::is_small(lengths, shape, workers), device), parts::limits_of(lengths, shape));
-  else launch(plan_kernel(schedule::is_small(lengths, shape), lengths.cu_seqlens_q != nullptr, device));
+  PlanArguments arguments{};
+  Chain chain;
+  add_plan(variant, params, device, arguments, chain);
+  queue_chain(chain, device, stream);
 }
 
-void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& given, bool behind_planner, int device,
+void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& given, bool plans, int device,
                    uintptr_t stream) {
   if (given.page_size < 1 || given.lengths.h_q < 1) throw std::invalid_argument("page_size and h_q must be positive");
   const ContextGuard guard(device);
@@ -80,13 +102,18 @@ void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& give
   params.by_page_size = make_fast_divisor(params.page_size);
   params.by_h_q = make_fast_divisor(params.lengths.h_q);
   if (fetches_boxes(variant)) add_tensor_maps(variant, dtype, params);
-  const unsigned workers = static_cast<unsigned>(params.num_workers);
+  PlanArguments arguments{};
+  arguments.shape = shape_of(variant);
+  Chain chain;
+  if (plans) add_plan(variant, params, device, arguments, chain);
   const DecodeKernels& kernels = decode_kernels(variant, dtype, device);
-  launch_kernel(*kernels.decode, workers, 32 * static_cast<unsigned>(variant.warps), stream,
-                behind_planner ? kernels.decode_start : Start::after_kernel_before, params);
-  if (!params.o_partial) return;
-  launch_kernel(*kernels.combine, combine_ctas(variant, params), kCombineThreads, stream, kernels.combine_start, params,
-                shape_of(variant));
+  chain.add(make_launch(*kernels.decode, static_cast<unsigned>(params.num_workers),
+                        32 * static_cast<unsigned>(variant.warps),
+                        plans ? kernels.decode_start : Start::after_kernel_before, params));
+  if (params.o_partial)
+    chain.add(make_launch(*kernels.combine, combine_ctas(variant, params), kCombineThreads, kernels.combine_start,
+                          params, arguments.shape));
+  queue_chain(chain, device, stream);
 }
 
 void preload(const Variant& variant, int device) {

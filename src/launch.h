@@ -15,10 +15,9 @@ inline schedule::Shape shape_of(const Variant& variant) {
 // Writes the schedule for params.lengths, params.num_workers and params.batch_invariant to params.plan.
 void launch_plan(const Variant& variant, const DecodeParams& params, int device, uintptr_t stream);
 
-// Decodes by the schedule at params.plan: the variant's kernel, then the combination of what it split, unless there is no room for
-// partial results (o_partial is null, as partial_slots is 0). `behind_planner`: the launch before in the stream was launch_plan's, so
-// that the kernel may start beside it.
-void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& params, bool behind_planner, int device,
+// Decodes by the schedule at params.plan, which it writes first if `plans`: the variant's kernel, beside the planner if it can, then
+// the combination of what it split, unless there is no room for partial results (o_partial is null, as partial_slots is 0).
+void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& params, bool plans, int device,
                    uintptr_t stream);
 
 // Does now what the first launches on this device would do: load the images and move them into the context.

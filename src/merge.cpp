@@ -74,7 +74,7 @@ void launch_merge(std::string_view dtype, const std::array<uintptr_t, kMergeTens
   const std::string entry = std::string("mla_merge_") + element.name + (aligned ? "" : "_unaligned");
   const int64_t ctas = (int64_t{p.num_rows} + p.rows_per_cta - 1) / p.rows_per_cta;
   launch_kernel(get_kernel("merge", entry, device, Occupancy::any), static_cast<unsigned>(ctas), kMergeThreads, stream,
-                Start::after_kernel_before, p);
+                p);
 }
 
 }  // namespace mla

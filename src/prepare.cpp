@@ -41,21 +41,6 @@ RowStrides dense_strides(const TensorView& q, bool ragged, int64_t row) {
   return {ragged ? 0 : q.size(1) * token, token, row};
 }
 
-// Contiguous, with the leading dimensions of q, and `columns` if they are not 0.
-Allocation allocation(const TensorView& q, int columns, nb::handle dtype, nb::handle device) {
-  nb::list sizes, strides;
-  int64_t stride = columns ? columns : 1;
-  if (columns) sizes.append(columns), strides.append(1);
-  for (int i = q.ndim() - 2; i >= 0; stride *= q.size(i--)) {
-    sizes.insert(0, q.size(i));
-    strides.insert(0, stride);
-  }
-  nb::dict options;
-  options["dtype"] = dtype;
-  options["device"] = device;
-  return {nb::make_tuple(sizes, strides), options};
-}
-
 }  // namespace
 
 void prepare(const Decision& decision, const Arguments& arguments, const Call& call, Prepared& prepared) {
@@ -86,9 +71,9 @@ void prepare(const Decision& decision, const Arguments& arguments, const Call& c
   nb::object one = nb::borrow(arguments.q);
   if (PyTuple_Check(one.ptr()) || PyList_Check(one.ptr())) one = one[0];
   prepared.torch_device = one.attr("device");
-  if (!tensors[kOut].exists()) prepared.out = allocation(q, d_v, one.attr("dtype"), prepared.torch_device);
+  if (!tensors[kOut].exists()) prepared.out = plan_allocation(q, d_v, one.attr("dtype"), prepared.torch_device);
   if (!tensors[kLse].exists() && call.return_lse)
-    prepared.lse = allocation(q, 0, nb::module_::import_("torch").attr("float32"), prepared.torch_device);
+    prepared.lse = plan_allocation(q, 0, nb::module_::import_("torch").attr("float32"), prepared.torch_device);
 
   const size_t schedule = static_cast<size_t>(plan_bytes(*prepared.variant, p));
   prepared.schedule_bytes =

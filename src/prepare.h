@@ -7,15 +7,11 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "allocation.h"
 #include "call.h"
 #include "registry.h"
 
 namespace mla {
-
-// What torch.empty_strided, which takes less time than torch.empty, is called with for an output.
-struct Allocation {
-  nanobind::object arguments, options;
-};
 
 // What Python decides of a call.
 struct Decision {

@@ -1,12 +1,12 @@
 #include "prepared.h"
 
-#include <nanobind/stl/string_view.h>
-
 #include <cmath>
 #include <memory>
+#include <optional>
 #include <unordered_map>
 #include <utility>
 
+#include "chooser.h"
 #include "kind.h"
 #include "prepare.h"
 #include "queue.h"
@@ -23,8 +23,7 @@ constexpr size_t kMaxPrepared = 4096;
 // Calls that differ in sizes only: what Python decided for the last of them that it saw.
 struct Kind {
   Decision decision;
-  nb::object
-      choose;  // the name of the variant, of (b, s_q, total_q, max_pages, max_seq_len); None if it is the same for all
+  std::optional<Chooser> chooser;  // none if the variant is the same for all
 };
 
 struct HashKey {
@@ -51,8 +50,9 @@ void set(T*& field, uintptr_t address) {
   field = reinterpret_cast<T*>(address);
 }
 
-nb::object result(nb::handle given, const Allocation& otherwise) {
-  return given.is_none() ? torch::empty_strided(otherwise.arguments, otherwise.options) : nb::borrow(given);
+// An output that the caller gave, or one that is made.
+Made output(nb::handle given, const TensorView& view, const Allocation& otherwise) {
+  return given.is_none() ? allocate(otherwise) : Made{nb::borrow(given), view.data};
 }
 
 nb::object queue(const Prepared& prepared, const Call& call) {
@@ -70,13 +70,11 @@ nb::object queue(const Prepared& prepared, const Call& call) {
   set(p.block_table, tensors[kBlockTable].data);
   p.scale_log2 = static_cast<float>(call.scale * M_LOG2E);
 
-  const nb::object out = result(call.out, prepared.out);
-  set(p.out, call.out.is_none() ? torch::address_of(out) : tensors[kOut].data);
-  nb::object lse = nb::none();
-  if (call.return_lse || !call.lse.is_none()) {
-    lse = result(call.lse, prepared.lse);
-    set(p.lse, call.lse.is_none() ? torch::address_of(lse) : tensors[kLse].data);
-  }
+  const Made out = output(call.out, tensors[kOut], prepared.out);
+  set(p.out, out.data);
+  Made lse{nb::none(), 0};
+  if (call.return_lse || !call.lse.is_none()) lse = output(call.lse, tensors[kLse], prepared.lse);
+  set(p.lse, lse.data);
 
   const uintptr_t stream = torch::current_stream(prepared.device);
   Scratch scratch;
@@ -89,14 +87,10 @@ nb::object queue(const Prepared& prepared, const Call& call) {
     set(p.o_partial, scratch.data + prepared.schedule_bytes);
     set(p.lse2_partial, scratch.data + prepared.schedule_bytes + prepared.partials_bytes);
   }
-  if (call.plan) {
-    p.plan = call.plan->address();
-  } else {
-    set(p.plan, scratch.data);
-    queue_plan(*prepared.variant, p, prepared.device, stream);
-  }
+  if (call.plan) p.plan = call.plan->address();
+  else set(p.plan, scratch.data);
   queue_decode(*prepared.variant, prepared.dtype, p, !call.plan, prepared.device, stream);
-  return call.return_lse ? nb::make_tuple(out, lse) : out;
+  return call.return_lse ? nb::make_tuple(out.tensor, lse.tensor) : out.tensor;
 }
 
 // A call that is like one that Python saw but for its sizes, if they are clearly right.
@@ -107,11 +101,10 @@ std::shared_ptr<const Prepared> prepare_alike(const Arguments& arguments, const 
   const std::shared_ptr<const Kind> kind = found->second;
   Decision decision = kind->decision;
   if (!read_sizes(call, decision.sizes)) return {};
-  if (!kind->choose.is_none()) {
-    const Lengths& lengths = decision.sizes.lengths;
-    const nb::object name = kind->choose(lengths.num_requests, lengths.s_q, lengths.total_q,
-                                         call.tensors[kBlockTable].size(1), call.max_seq_len);
-    decision.variant = &find_variant(nb::cast<std::string_view>(name));
+  if (kind->chooser) {
+    const Lengths& l = decision.sizes.lengths;
+    decision.variant = &kind->chooser->fastest(
+        {l.num_requests, l.total_q, l.h_q, l.max_len, call.tensors[kKv].size(1), call.max_seq_len});
   }
   const auto made = std::make_shared<Prepared>();
   prepare(decision, arguments, call, *made);
@@ -136,14 +129,16 @@ nb::object decode_prepared(const Arguments& arguments) {
 }
 
 nb::object decode_first(const Arguments& arguments, const Variant& variant, Dtype dtype, int device,
-                        const DecodeParams& sizes, nb::handle choose) {
+                        const DecodeParams& sizes, nb::handle chooser) {
   Call call;
   read_checked(arguments, call);
   const Decision decision{&variant, dtype, device, sizes};
   const auto made = std::make_shared<Prepared>();
   prepare(decision, arguments, call, *made);
   keep(call, made);
-  tables().kinds[kind_of(arguments, call)] = std::make_shared<Kind>(Kind{decision, nb::borrow(choose)});
+  auto kind = std::make_shared<Kind>(Kind{decision, {}});
+  if (!chooser.is_none()) kind->chooser = nb::cast<const Chooser&>(chooser);
+  tables().kinds[kind_of(arguments, call)] = kind;
   return queue(*made, call);
 }
 

@@ -13,9 +13,9 @@ namespace mla {
 nanobind::object decode_prepared(const Arguments& arguments);
 
 // Prepares a call that Python has checked, and does it. `sizes` has what the schedule depends on; its cu_seqlens_q is null or not.
-// `choose` names the variant of calls that differ in sizes, given (b, s_q, total_q, max_pages); None if it is always this one.
+// `chooser` is the Chooser among the variants of calls that differ in sizes; None if it is always this one.
 nanobind::object decode_first(const Arguments& arguments, const Variant& variant, Dtype dtype, int device,
-                              const DecodeParams& sizes, nanobind::handle choose);
+                              const DecodeParams& sizes, nanobind::handle chooser);
 
 size_t num_prepared();
 void forget_calls();

@@ -28,12 +28,11 @@ void queue_plan(const Variant& variant, const DecodeParams& params, int device, 
   else launch_plan(variant, params, device, stream);
 }
 
-void queue_decode(const Variant& variant, Dtype dtype, const DecodeParams& params, bool behind_planner, int device,
+void queue_decode(const Variant& variant, Dtype dtype, const DecodeParams& params, bool plans, int device,
                   uintptr_t stream) {
   if (redirection)
-    redirection->launch_decode(to_str(variant.name), to_str(name_of(dtype)), nb::cast(params), behind_planner, device,
-                               stream);
-  else launch_decode(variant, dtype, params, behind_planner, device, stream);
+    redirection->launch_decode(to_str(variant.name), to_str(name_of(dtype)), nb::cast(params), plans, device, stream);
+  else launch_decode(variant, dtype, params, plans, device, stream);
 }
 
 bool queue_is_captured(int device, uintptr_t stream) {

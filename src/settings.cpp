@@ -15,9 +15,9 @@ Settings read_settings() {
     const std::string_view text = first;
     const size_t equals = text.find('=');
     const std::string_view name = text.substr(0, equals), value = text.substr(std::min(equals + 1, text.size()));
-    if (name == "MLA_VARIANT") settings.forced_variant = value;
-    else if (name == "MLA_LOG") settings.logs_dispatch = value == "dispatch";
-    else if (name == "MLA_VALIDATE") settings.validates = !value.empty() && value != "0";
+    if (name == kVariantVariable) settings.forced_variant = value;
+    else if (name == kLogVariable) settings.logs_dispatch = value == "dispatch";
+    else if (name == kValidateVariable) settings.validates = !value.empty() && value != "0";
   }
   return settings;
 }

@@ -5,6 +5,8 @@
 
 namespace mla {
 
+constexpr const char *kVariantVariable = "MLA_VARIANT", *kLogVariable = "MLA_LOG", *kValidateVariable = "MLA_VALIDATE";
+
 struct Settings {
   std::string_view forced_variant;  // MLA_VARIANT; empty: none
   bool logs_dispatch = false;       // MLA_LOG=dispatch

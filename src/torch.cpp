@@ -5,6 +5,13 @@
 namespace nb = nanobind;
 
 namespace mla {
+namespace {
+
+enum DlDevice { kCpu = 1, kCuda = 2 };  // DLPack's
+
+}  // namespace
+
+bool is_cuda(int64_t place) { return (place & 0xff) == kCuda; }
 
 uintptr_t reach_of(const TensorView& tensor) {
   if (!tensor.exists()) return 0;
@@ -39,7 +46,6 @@ struct DlExchangeApi {
   void* from_managed;
   int (*describe)(void* tensor, DlTensor* described);  // borrows; -1 with a Python error
 };
-enum DlDevice { kCpu = 1, kCuda = 2 };
 enum DlCode { kInt = 0, kUint = 1, kFloat = 2, kBfloat = 4 };
 
 // ---- torch ----

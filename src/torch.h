@@ -19,10 +19,15 @@ struct TensorView {
   bool exists() const { return words[0] != 0; }
   int ndim() const { return static_cast<int>(words[0] & 0xff); }
   int item_bytes() const { return static_cast<int>(words[0] >> 16 & 0xff) / 8; }
+  int64_t place() const { return words[0] >> 40; }  // of is_cuda() and index_of()
   int num_words() const { return 1 + 2 * ndim(); }
   int64_t size(int dim) const { return words[1 + dim]; }
   int64_t stride(int dim) const { return words[1 + ndim() + dim]; }
 };
+
+// Of the device that a place says.
+bool is_cuda(int64_t place);
+constexpr int index_of(int64_t place) { return static_cast<int>(place >> 8); }
 
 // Bytes from its first to behind its last; 0 of no tensor and of one without elements.
 uintptr_t reach_of(const TensorView& tensor);

@@ -1,94 +1,22 @@
 // A stand-in for libcuda.so.1: enough of the driver to see, without a GPU, what the extension would do with one.
 //
 // It has two devices. Every call that changes something is appended to $FAKE_CUDA_LOG, one JSON object a line. Knobs:
-//   FAKE_CUDA_VERSION   what cuDriverGetVersion says (default 12000)
+//   FAKE_CUDA_VERSION   what cuDriverGetVersion says (default 12030)
 //   FAKE_CUDA_FAIL      "<call>=<code>": that call fails
 //   FAKE_CUDA_LACKS     a call that it does not have
 //   FAKE_CUDA_CAPTURING 1: streams are being captured
 //   FAKE_CUDA_SMEM      "<bytes per SM>,<bytes per block, opt-in>" (default: those of an H100)
 #include <cuda.h>
 
-#include <cstdarg>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <string>
-#include <vector>
+#include <utility>
 
-#include "common/append.h"
-#include "common/merge.h"
-#include "common/parts.h"
+#include "fake_graphs.h"
 
 namespace {
-
-constexpr int kDevices = 2;
-constexpr unsigned kFatbinMagic = 0xBA55ED50;
-
-struct FakeKernel {
-  std::string name;
-  int max_smem[kDevices] = {48 * 1024, 48 * 1024};  // dynamic, without opting in
-};
-
-int contexts[kDevices];                     // their addresses are the handles
-thread_local std::vector<CUcontext> stack;  // of current contexts
-
-__attribute__((format(printf, 1, 2))) void log(const char* format, ...) {
-  static FILE* file = fopen(getenv("FAKE_CUDA_LOG"), "a");
-  va_list args;
-  va_start(args, format);
-  vfprintf(file, format, args);
-  va_end(args);
-  fputc('\n', file);
-  fflush(file);
-}
-
-int failure(const char* call) {
-  const char* wanted = getenv("FAKE_CUDA_FAIL");
-  const size_t length = strlen(call);
-  return wanted && !strncmp(wanted, call, length) && wanted[length] == '=' ? atoi(wanted + length + 1) : 0;
-}
-
-int current_device() {
-  for (int i = 0; i < kDevices; ++i)
-    if (!stack.empty() && stack.back() == reinterpret_cast<CUcontext>(&contexts[i])) return i;
-  return -1;
-}
-
-int smem(int which) {
-  int values[2] = {228 * 1024, 227 * 1024};
-  if (const char* given = getenv("FAKE_CUDA_SMEM")) sscanf(given, "%d,%d", &values[0], &values[1]);
-  return values[which];
-}
-
-int compute_capability() {
-  const char* given = getenv("FAKE_CUDA_SM");
-  return given ? atoi(given) : 90;
-}
-
-// The sizes of a kernel's parameters, which the real driver reads from its machine code.
-std::vector<size_t> parameter_sizes(const std::string& kernel) {
-  using namespace mla;
-  if (kernel.rfind("mla_plan_parts", 0) == 0)
-    return {sizeof(Lengths), sizeof(schedule::Shape), sizeof(int32_t), sizeof(PlanHeader*), sizeof(parts::Limits)};
-  if (kernel.rfind("mla_plan", 0) == 0)
-    return {sizeof(Lengths), sizeof(schedule::Shape), sizeof(int32_t), sizeof(PlanHeader*)};
-  if (kernel.rfind("mla_combine", 0) == 0) return {sizeof(DecodeParams), sizeof(schedule::Shape)};
-  if (kernel.rfind("mla_append", 0) == 0) return {sizeof(AppendParams)};
-  if (kernel.rfind("mla_merge", 0) == 0) return {sizeof(MergeParams)};
-  if (kernel == "mla_stream") return {sizeof(void*), sizeof(int64_t), sizeof(void*)};
-  return {sizeof(DecodeParams)};
-}
-
-std::string hex(const void* data, size_t size) {
-  std::string text;
-  for (size_t i = 0; i < size; ++i) {
-    char digits[3];
-    snprintf(digits, sizeof digits, "%02x", static_cast<const unsigned char*>(data)[i]);
-    text += digits;
-  }
-  return text;
-}
 
 CUresult fake_cuInit(unsigned) {
   log(R"({"call": "cuInit"})");
@@ -199,26 +127,12 @@ CUresult fake_cuStreamIsCapturing(CUstream, CUstreamCaptureStatus* status) {
   *status = given && atoi(given) ? CU_STREAM_CAPTURE_STATUS_ACTIVE : CU_STREAM_CAPTURE_STATUS_NONE;
   return CUDA_SUCCESS;
 }
-CUresult fake_cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** parameters, void**) {
-  const FakeKernel& kernel = *reinterpret_cast<FakeKernel*>(function);
-  const int device = current_device();
-  if (device < 0) return CUDA_ERROR_INVALID_CONTEXT;
-  const bool flat = config->gridDimY == 1 && config->gridDimZ == 1 && config->blockDimY == 1 && config->blockDimZ == 1;
-  if (!flat || !config->gridDimX || static_cast<int>(config->sharedMemBytes) > kernel.max_smem[device])
-    return CUDA_ERROR_INVALID_VALUE;
-  bool beside = false;  // the kernel before
-  for (unsigned i = 0; i < config->numAttrs; ++i) {
-    const CUlaunchAttribute& attribute = config->attrs[i];
-    if (attribute.id != CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION || compute_capability() < 90)
-      return CUDA_ERROR_INVALID_VALUE;
-    beside = attribute.value.programmaticStreamSerializationAllowed;
-  }
-  std::string values;
-  const std::vector<size_t> sizes = parameter_sizes(kernel.name);
-  for (size_t i = 0; i < sizes.size(); ++i) values += (i ? "\", \"" : "") + hex(parameters[i], sizes[i]);
-  log(R"({"call": "launch", "kernel": "%s", "device": %d, "grid": %u, "block": %u, "smem": %u, "stream": %llu, "beside": %s, "parameters": ["%s"]})",
-      kernel.name.c_str(), device, config->gridDimX, config->blockDimX, config->sharedMemBytes,
-      reinterpret_cast<unsigned long long>(config->hStream), beside ? "true" : "false", values.c_str());
+CUresult fake_cuStreamGetPriority(CUstream stream, int* priority) {
+  *priority = reinterpret_cast<uintptr_t>(stream) == kUrgentStream ? -5 : 0;
+  return CUDA_SUCCESS;
+}
+CUresult fake_cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode* mode) {
+  std::swap(*mode, capture_mode);
   return CUDA_SUCCESS;
 }
 
@@ -234,13 +148,12 @@ void* pick(const char* name, CUresult (*call)(Args...)) {
 
 }  // namespace
 
-extern "C" CUresult cuDriverGetVersion(int* version) {
-  const char* given = getenv("FAKE_CUDA_VERSION");
-  *version = given ? atoi(given) : 12000;
+extern "C" CUresult cuDriverGetVersion(int* found) {
+  *found = version();
   return CUDA_SUCCESS;
 }
 
-extern "C" CUresult cuGetProcAddress_v2(const char* name, void** address, int, cuuint64_t,
+extern "C" CUresult cuGetProcAddress_v2(const char* name, void** address, int since, cuuint64_t,
                                         CUdriverProcAddressQueryResult*) {
   *address = nullptr;
   if (const char* lacking = getenv("FAKE_CUDA_LACKS"); lacking && !strcmp(name, lacking)) return CUDA_ERROR_NOT_FOUND;
@@ -263,6 +176,16 @@ extern "C" CUresult cuGetProcAddress_v2(const char* name, void** address, int, c
   FAKE(cuKernelSetAttribute)
   FAKE(cuTensorMapEncodeTiled)
   FAKE(cuLaunchKernelEx)
+  FAKE(cuStreamGetPriority)
+  FAKE(cuThreadExchangeStreamCaptureMode)
+  FAKE(cuGraphCreate)
+  FAKE(cuGraphAddKernelNode)
+  FAKE(cuGraphKernelNodeSetAttribute)
+  FAKE(cuGraphInstantiateWithFlags)
+  FAKE(cuGraphExecKernelNodeSetParams)
+  FAKE(cuGraphLaunch)
 #undef FAKE
+  // Its form with data of edges, which drivers before 12.3 do not have.
+  if (!strcmp(name, "cuGraphAddDependencies") && version() >= since) *address = pick(name, fake_cuGraphAddDependencies);
   return *address ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
 }

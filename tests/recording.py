@@ -53,11 +53,13 @@ def recorded(captured: list[int]) -> Iterator[list[Launch]]:
         variant: str,
         dtype: str,
         params: _mla.DecodeParams,
-        behind_planner: bool,
+        plans: bool,
         device: int,
         stream: int,
     ) -> None:
-        seen.append(Launch("decode", variant, dtype, stream, snapshot(params), behind_planner))
+        if plans:
+            launch_plan(variant, params, device, stream)
+        seen.append(Launch("decode", variant, dtype, stream, snapshot(params), plans))
 
     _mla.forget()
     _mla.redirect(launch_plan, launch_decode, lambda device, stream: stream in captured)

@@ -139,23 +139,29 @@ class Schedule:
         assert all(units <= self.units_per_group for units in load.values())
 
         overhead = self.tiles(ITEM_OVERHEAD_TOKENS)
-        few = self.total_units(self.group_size) * self.block_n <= _mla.FEW_TOKENS
-        tokens = MIN_GROUP_TOKENS if few else _mla.MIN_GROUP_TOKENS_OF_MANY
+        requests = range(len(self.batch.seq_lens))
+        rows = [i for i in requests if self.row_blocks(i)]
+        longest = max((max(self.tiles(self.batch.length(i)), 1) for i in rows), default=0)
+        if longest > self.tiles(_mla.MEDIUM_TOKENS):
+            tokens = _mla.MIN_GROUP_TOKENS_OF_LONG
+        elif (
+            self.tiles(MIN_GROUP_TOKENS) < longest <= self.tiles(_mla.SHORT_TOKENS)
+            and self.block_rows <= _mla.LOW_ROWS
+        ):
+            tokens = _mla.MIN_GROUP_TOKENS_OF_SHORT
+        else:
+            tokens = MIN_GROUP_TOKENS
         least = max(self.tiles(tokens), overhead + 1)
+        longest += overhead
 
         def share(size: int) -> int:
             return -(-self.total_units(size) // (self.num_workers // size))
 
-        requests = range(len(self.batch.seq_lens))
         blocks = max(map(self.row_blocks, requests), default=0)
         sizes = range(1, max(1, min(MAX_GROUP_SIZE, blocks, self.num_workers)) + 1)
         assert share(self.group_size) == min(map(share, sizes))
         even = max(share(self.group_size), least)
         units = self.total_units(self.group_size)
-        rows = [i for i in requests if self.row_blocks(i)]
-        longest = overhead + max(
-            (max(self.tiles(self.batch.length(i)), 1) for i in rows), default=0
-        )
         items = sum(-(-self.row_blocks(i) // self.group_size) for i in requests)
         if 0 < items <= self.num_workers // self.group_size and longest <= least:
             # Nothing is cut: a group has one item.

@@ -109,6 +109,16 @@ class TestAbsorb:
         with pytest.raises(kind, match=f"^{message}"):
             mla.absorb(*given, SMALL)
 
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, "bfloat16"])
+    def test_wrong_dtypes(self, dtype: Any) -> None:
+        with pytest.raises(TypeError, match=f"^dtype: got {dtype}, expected a floating point"):
+            mla.absorb(*weights(SMALL), SMALL, dtype=dtype)
+
+    def test_wrong_dims(self) -> None:
+        dims: Any = (3, 32)
+        with pytest.raises(TypeError, match=r"^dims: got tuple, expected "):
+            mla.absorb(*weights(SMALL), dims)
+
 
 class TestScale:
     @pytest.mark.parametrize(
@@ -251,6 +261,24 @@ class TestConfig:
                 mla.UnsupportedError,
                 "rope: longrope with 163840 positions of originally 4096",
             ),
+            (
+                {"rope_scaling": {"type": "yarn"}, "max_position_embeddings": None},
+                ValueError,
+                "original_max_position_embeddings: got None in the configuration",
+            ),
+            (
+                {
+                    "rope_scaling": {"type": "yarn", "original_max_position_embeddings": 4096},
+                    "max_position_embeddings": None,
+                },
+                ValueError,
+                "max_position_embeddings: got None in the configuration, expected a value",
+            ),
+            (
+                {"rope_scaling": {"type": "longrope"}},
+                ValueError,
+                "short_factor: got None in the configuration, expected a value",
+            ),
         ],
     )
     def test_refuses(self, changes: dict[str, Any], kind: type[Exception], message: str) -> None:
@@ -287,3 +315,20 @@ class TestCheckpoint:
         for row, column in ((0, 0), (127, 128), (128, 127), (199, 299)):
             want = weight.float()[row, column] * scales[row // 128, column // 128]
             assert exact[row, column] == want
+
+    @pytest.mark.parametrize(
+        ("scales", "got"),
+        [
+            ({}, "no scales"),
+            ({"weight_scale": torch.ones(1)}, "no scales"),
+            ({"weight_scale_inv": torch.ones(1)}, r"shape \[1\]"),
+            ({"weight_scale_inv": torch.ones(3, 2)}, r"shape \[3, 2\]"),
+        ],
+    )
+    def test_other_forms_of_8_bits(self, scales: dict[str, Tensor], got: str) -> None:
+        """Without its scales a weight would be wrong without a word."""
+        weight = torch.zeros(200, 300).to(torch.float8_e4m3fn)
+        checkpoint = {"o_proj.weight": weight} | {f"o_proj.{k}": x for k, x in scales.items()}
+        message = rf"^o_proj.weight: got torch.float8_e4m3fn with {got}, expected .* \[2, 3\]: one"
+        with pytest.raises(ValueError, match=message):
+            attention_weights(checkpoint, "")

@@ -189,6 +189,12 @@ def test_other_wrong_arguments() -> None:
         mla.append(**nothing | {"cos_sin": torch.zeros(9, 8)})
 
 
+def test_devices_without_memory_are_unsupported() -> None:
+    call = {name: x.to("meta") if torch.is_tensor(x) else x for name, x in good().items()}
+    with pytest.raises(mla.UnsupportedError, match=r"^append: got tensors on meta, expected a CPU"):
+        mla.append(**call)
+
+
 def test_nothing_may_lie_under_the_cache() -> None:
     call = good()
     cache = torch.zeros(4, 16, 576, dtype=BF16)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 from command_line import Output, command
 from fake_driver import AS_H200
-from mla.cli import cases, check, floors, plot, results, timing
+from mla.cli import calls, cases, check, floors, plot, results, timing
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FLOORS = floors.Floors(
@@ -175,6 +177,15 @@ def test_fractions_of_floors(case_file: Path, capsys: Output) -> None:
     assert "12.5" in printed
 
 
+def test_lines_of_several_runs_have_their_names(case_file: Path, capsys: Output) -> None:
+    case = cases.load_cases(case_file)[1]
+    runs = [replace(result(case, 8.0), run=run) for run in ("one", "one.batch_invariant")]
+    check.console.print(results.result_table(runs))
+    printed = capsys.readouterr().out.splitlines()
+    lines = [line.split() for line in printed if line.strip().startswith(case.id)]
+    assert [line[1] for line in lines] == ["one", "one.batch_invariant"]
+
+
 def test_other_dims_have_no_recorded_floor(case_file: Path) -> None:
     case = cases.load_cases(case_file)[1]
     other = cases.with_overrides(case, dims=(320, 256), dtype="float16", page_size=1)
@@ -248,6 +259,13 @@ HOST_CALLS = [
     "first of a shape, with a plan",
     "plan.update",
     "mla.plan",
+    "two torch.empty_strided",
+]
+EMPTY_LAUNCHES = [  # what else there is on a GPU
+    "an empty launch",
+    "an empty launch beside another",
+    "2 empty launches as of a call",
+    "3 empty launches as of a call",
 ]
 
 
@@ -280,11 +298,19 @@ for each in host_calls(args, torch.device("cpu"), 6):
 """
     done = run(script, prologue=AS_H200)
     new = dict(line.split("|") for line in done.printed.splitlines())
-    assert list(new) == HOST_CALLS
+    assert list(new) == [*HOST_CALLS, *EMPTY_LAUNCHES]
     assert {name for name, count in new.items() if count != "0"} == set(HOST_CALLS[4:6])
-    for name in new:
+    empty = [x for x in done.named("launch") if x["kernel"] == "mla_empty"]
+    first, beside = (False, True), (True, True)
+    assert [(x["beside"], x["graph"] > 0) for x in empty] == [
+        *[(False, False)] * 6,
+        *[(True, False)] * 6,
+        *[first, beside] * 6,
+        *[first, beside, beside] * 6,
+    ]
+    for name in HOST_CALLS:
         kernels = [x["kernel"] for x in done.named("launch") if x["stream"] == 1000 + len(name)]
-        plans = 0 if "with a plan" in name else 3
+        plans = 0 if "with a plan" in name or name in HOST_CALLS[8:] else 3
         decodes = 0 if name in HOST_CALLS[6:] else 3
         assert sum(kernel.startswith("mla_plan") for kernel in kernels) == plans, name
         assert len(kernels) == plans + 2 * decodes, name
@@ -294,3 +320,31 @@ for each in host_calls(args, torch.device("cpu"), 6):
 def test_host_refuses_what_it_does_not_do(options: str, capsys: Output) -> None:
     assert command(f"bench --host --device cpu {options}") == 2
     assert "mla bench: --" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", ["", "--host", "--prefill", "--prompt"])
+def test_graphs_are_of_cases_on_a_gpu(options: str, case_file: Path, capsys: Output) -> None:
+    assert command(f"bench --graph --device cpu --cases {case_file} {options}") == 2
+    assert "--graph replays cases, on a GPU" in capsys.readouterr().err
+
+
+def test_a_replay_is_of_one_call_that_ran_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            events.append("replay")
+
+    @contextlib.contextmanager
+    def capture(graph: Graph) -> Iterator[None]:
+        assert isinstance(graph, Graph)
+        events.append("begin")
+        yield
+        events.append("end")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    replay = calls.replayed(functools.partial(events.append, "call"))
+    assert events == ["call", "begin", "call", "end"]
+    replay()
+    assert events[4:] == ["replay"]

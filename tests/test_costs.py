@@ -11,7 +11,7 @@ from typing import Any
 
 import mla
 import pytest
-from mla import costs, costs_file, device, dispatch, estimate, tuned
+from mla import _mla, costs, costs_file, device, dispatch, tuned
 from mla.costs_file import Costs
 from mla.device import Device, by_name
 
@@ -280,6 +280,6 @@ def test_facts_of_gpus_never_measured() -> None:
 
 
 def test_overlap() -> None:
-    assert estimate.overlapped(0, 0) == 0
-    assert estimate.overlapped(3, 0) == estimate.overlapped(0, 3) == 3
-    assert 3 < estimate.overlapped(3, 2.9) < 3.5
+    assert _mla.overlapped(0, 0) == 0
+    assert _mla.overlapped(3, 0) == _mla.overlapped(0, 3) == 3
+    assert 3 < _mla.overlapped(3, 2.9) < 3.5

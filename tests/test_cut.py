@@ -79,7 +79,9 @@ def test_equal_lengths(b: int, h_q: int, s_q: int, length: int, tile: tuple[int,
     assert found.kv_rows == b * bundles * length
     assert found.query_rows == b * s_q * h_q
     # The last row blocks of a request may leave workers of their group without work.
-    assert len(tiles) <= found.busy * WORKERS <= len(tiles) + schedule.group_size * schedule.num_groups
+    assert (
+        len(tiles) <= found.busy * WORKERS <= len(tiles) + schedule.group_size * schedule.num_groups
+    )
 
 
 def test_nothing_to_do() -> None:

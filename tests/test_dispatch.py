@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import itertools
 import json
 import logging
@@ -16,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mla import _mla, costs, device, dispatch, estimate
+from mla import _mla, costs, device, dispatch, estimate, first_call
 from mla.device import CPU, Device, by_name
 from mla.problem import Problem
 from mla.variants import VARIANTS, Variant
@@ -97,7 +98,7 @@ def predicted_us(variant: Variant, asked: Problem, where: Device) -> float:
     return found.us
 
 
-def cpu_call() -> dict[str, object]:
+def cpu_call() -> dict[str, Any]:
     return {
         "q": torch.zeros(2, 1, 16, 576, dtype=torch.bfloat16),
         "kv_cache": torch.zeros(4, 16, 576, dtype=torch.bfloat16),
@@ -209,13 +210,13 @@ class TestChoosing:
             assert dispatch.choose(asked, where, request) is explained
             # Made for other sizes, as prepared calls have it.
             seen = asked._replace(b=3, s_q=0 if asked.ragged else 2, total_q=6, max_pages=9)
-            name_of = dispatch.chooser(seen, where, request)
-            if name_of is None:
+            chooser = dispatch.chooser(seen, where, request)
+            if chooser is None:
                 assert dispatch.choose(seen, where, request) is explained
             else:
                 length = -1 if asked.max_seq_len is None else asked.max_seq_len
-                sizes_asked = asked.b, asked.s_q, asked.total_q, asked.max_pages
-                assert name_of(*sizes_asked, length) == explained.name
+                sizes_asked = asked.b, asked.total_q, asked.h_q, asked.max_len, asked.page_size
+                assert chooser.fastest(*sizes_asked, length) == explained.name
 
 
 class TestForcing:
@@ -404,6 +405,22 @@ class TestExplain:
         assert told.workspace_bytes == 0
         assert "cpu (the only one that can run it)" in str(told)
 
+    def test_a_call_as_it_is(self) -> None:
+        """Whatever `decode` takes, `explain` does."""
+        taken = inspect.signature(mla.explain).parameters
+        assert set(inspect.signature(first_call.decode).parameters) <= set(taken)
+        out, lse = mla.decode(**cpu_call(), return_lse=True)
+        call = cpu_call()
+        plan = mla.plan(call["seq_lens"], h_q=16, d_qk=576, dtype=torch.bfloat16, page_size=16)
+        told = mla.explain(**call, out=out, lse=lse, plan=plan)
+        assert "variant    cpu (forced by its plan)" in str(told)
+        with pytest.raises(ValueError, match=r"^plan: got a plan for batch_invariant = False"):
+            mla.explain(**call, plan=plan, batch_invariant=True)
+        with pytest.raises(TypeError, match=r"^plan: got dict, expected an mla.Plan"):
+            mla.explain(**call, plan={})
+        with pytest.raises(TypeError, match=r"^explain: got some of q, kv_cache"):
+            mla.explain(plan=plan)
+
     def test_forced(self) -> None:
         name = chosen(problem(128), gpu("H200")).name
         assert f"{name} (forced by variant=, predicted" in str(
@@ -545,3 +562,16 @@ class TestInfo:
             mla.preload("cpu", "sm80")
         with pytest.raises(ValueError, match=r"^variant: got 'nosuch'"):
             mla.preload("cpu", "nosuch")
+        with pytest.raises(ValueError, match=r"^device: got 'abacus', expected a torch device"):
+            mla.preload("abacus")
+
+    def test_devices_that_are_not_here(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with pytest.raises(ValueError, match=r"^device: got cuda:0, expected one that is here: "):
+            mla.preload("cuda:0")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        message = r"^device: got cuda:2, expected one that is here: torch sees 2$"
+        for ask in (mla.preload, lambda name: mla.explain(device=name)):
+            with pytest.raises(ValueError, match=message):
+                ask("cuda:2")

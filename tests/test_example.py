@@ -2,56 +2,64 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from generating import (
+    EXAMPLE,
+    assert_same_tokens,
+    both_models,
+    count_ways,
+    load_example,
+    read_text,
+    talk,
+)
 
-pytest.importorskip("transformers", "5.0", reason="needs transformers")
-SCRIPT = Path(__file__).parents[1] / "examples" / "swap_into_transformers.py"
 pytestmark = pytest.mark.skipif(
-    not SCRIPT.exists(), reason="these tests were copied out of the repository"
+    not EXAMPLE.exists(), reason="these tests were copied out of the repository"
 )
 
 
 @pytest.fixture(scope="module")
 def example() -> Any:
-    spec = importlib.util.spec_from_file_location("swap_into_transformers", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def generate(model: Any, prompt: torch.Tensor) -> torch.Tensor:
-    found: torch.Tensor = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=12,
-        do_sample=False,
-        pad_token_id=0,
-        eos_token_id=None,
-    )
-    return found
+    return load_example()
 
 
 @torch.inference_mode()
-def test_generates_the_same(example: Any) -> None:
-    """In float32 greedy tokens are equal; twice, with other prompts, for what a cache keeps."""
-    model = example.small_model(torch.float32, torch.device("cpu"))
-    prompts = [
-        torch.randint(512, (2, n), generator=torch.Generator().manual_seed(n)) for n in (9, 5)
-    ]
-    want = [generate(model, prompt) for prompt in prompts]
-    logits = model(prompts[0]).logits
-    example.swap(model, max_positions=40, page_size=8)
-    torch.testing.assert_close(model(prompts[0]).logits, logits, atol=1e-4, rtol=1e-4)
-    for prompt, tokens in zip(prompts, want, strict=True):
-        assert torch.equal(generate(model, prompt), tokens)
+def test_the_same_logits(example: Any) -> None:
+    stock, ours = both_models(example, torch.float32, torch.device("cpu"), 40)
+    (prompt,) = read_text([30])
+    want = stock(prompt).logits
+    torch.testing.assert_close(ours(prompt).logits, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "way", "within"),
+    [
+        (torch.float32, "prefill", 0.0),
+        (torch.bfloat16, "decode", 0.02),
+        (torch.float16, "decode", 0.004),
+    ],
+    ids=["float32", "bfloat16", "float16"],
+)
+def test_the_same_greedy_tokens(
+    example: Any, dtype: torch.dtype, way: str, within: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In two conversations of several turns, which begin with prompts of other lengths.
+
+    float32, which `decode` does not have, is un-absorbed in every step; other dtypes are absorbed,
+    as there are few tokens.
+    """
+    ways = count_ways(monkeypatch)
+    stock, ours = both_models(example, dtype, torch.device("cpu"), 60)
+    for lengths in ((23, 1, 9), (5, 12)):
+        turns = read_text(lengths)
+        want = talk(stock, turns, new_tokens=4)
+        assert_same_tokens(talk(ours, turns, new_tokens=4), want, stock, within)
+    layers = stock.config.num_hidden_layers
+    assert ways == [way] * layers * 4 * 5  # steps of five turns
 
 
 def test_runs(

@@ -321,6 +321,8 @@ class TestRefuses:
         [
             ({"num_heads": None}, TypeError, "num_heads: got None, expected a value"),
             ({"sm_scale": None}, TypeError, "sm_scale: got None, expected a value"),
+            ({"sm_scale": float("nan")}, ValueError, "sm_scale: got nan, expected a finite number"),
+            ({"sm_scale": torch.ones(())}, TypeError, "sm_scale: got a torch.Tensor, expected a"),
             ({"num_heads": 0}, ValueError, "num_heads: got 0"),
             ({"page_size": 1.5}, TypeError, "page_size: got 1.5, expected an int"),
             ({"head_dim_kpe": 32}, ValueError, r"head_dim_kpe: got 512 \+ 32, expected one of 512"),

@@ -80,7 +80,6 @@ def test_kernels_that_wait_start_beside_the_one_before(run: Any, sm: int) -> Non
     script = f"""{FILL}
 for name in {NAMES!r}:
     for p.batch_invariant in (0, 1):
-        _mla.launch_plan(name, p, 0, 0)
         _mla.launch_decode(name, 'bfloat16', p, True, 0, 0)
 """
     launches = run(script, FAKE_CUDA_SM=str(sm)).named("launch")
@@ -288,7 +287,7 @@ try:
 except RuntimeError as error:
     print(type(error).__name__, error, error.api, error.code, error.text, sep="|")
 """
-    done = run(script, FAKE_CUDA_FAIL="cuLaunchKernelEx=701")
+    done = run(script, FAKE_CUDA_FAIL="cuLaunchKernelEx=701", FAKE_CUDA_CAPTURING="1")
     text = "CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES (701): what it means"
     wanted = f"CudaError|cuLaunchKernelEx failed: {text}|cuLaunchKernelEx|701|{text}\n"
     assert done.printed == wanted

@@ -184,8 +184,104 @@ def test_a_plan_is_for_absorbed_steps() -> None:
     pages = Pages(layer, 1, 8)
     plan = mla.plan(pages.lens + 1, h_q=4, d_qk=576, dtype=torch.bfloat16, page_size=16)
     hidden = torch.randn(1, 1, 96).bfloat16()
-    with pytest.raises(ValueError, match=r"^plan: got a plan, expected None with method 'expand"):
+    with pytest.raises(ValueError, match=r"^plan: got a plan of mla.plan, expected None with"):
         pages.step(layer, hidden, plan=plan, method="expanded")
+
+
+@pytest.mark.parametrize("method", ["absorbed", "expanded", None])
+@pytest.mark.parametrize(("b", "s"), [(0, 3), (2, 0), (0, 0)])
+def test_nothing_to_do(b: int, s: int, method: Any) -> None:
+    layer = make_layer(V3, torch.bfloat16)
+    pages = Pages(layer, b, 8)
+    hidden = torch.empty(b, s, 96, dtype=torch.bfloat16)
+    assert pages.step(layer, hidden, method=method).shape == hidden.shape
+    assert not pages.kv.isfinite().any()
+
+
+def prefill_plan(layer: MultiHeadLatentAttention, pages: Pages, s: int) -> mla.PrefillPlan:
+    return mla.plan_prefill(
+        pages.table, pages.lens + s, dims=layer.config, dtype=torch.bfloat16,
+        num_pages=len(pages.kv), page_size=16, s=s,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"hidden": None}, TypeError, "hidden: got NoneType, expected a torch.Tensor"),
+        (
+            {"hidden": torch.zeros(2, 3, 96)},
+            TypeError,
+            "hidden: got torch.float32, expected torch.bfloat16 as the layer has",
+        ),
+        (
+            {"hidden": torch.zeros(2, 3, 95).bfloat16()},
+            ValueError,
+            r"hidden: got shape \[2, 3, 95\], expected \[b, s, 96\]$",
+        ),
+        (
+            {"hidden": torch.zeros(6, 96).bfloat16()},
+            ValueError,
+            r"hidden: got shape \[6, 96\], expected \[b, s, 96\]$",
+        ),
+        (
+            {"cu_seqlens_q": torch.zeros(3, dtype=torch.int32)},
+            ValueError,
+            r"hidden: got shape \[2, 3, 96\], expected \[tokens, 96\] with cu_seqlens_q$",
+        ),
+        (
+            {"hidden": torch.zeros(2, 3, 96, dtype=torch.bfloat16, device="meta")},
+            ValueError,
+            "hidden: got device meta, expected cpu as the layer$",
+        ),
+        ({"seq_lens": None}, TypeError, "seq_lens: got NoneType, expected a torch.Tensor"),
+        (
+            {"seq_lens": torch.full((3,), 3, dtype=torch.int32)},
+            ValueError,
+            r"seq_lens: got shape \[3\], expected \[2\]",
+        ),
+        ({"method": "both"}, ValueError, "method: got 'both', expected 'absorbed', 'expanded' or"),
+        ({"workspace_bytes": 0}, ValueError, r"workspace_bytes: got 0, expected 1 to 2\^31 - 1"),
+        (
+            {"method": "expanded", "variant": "cpu"},
+            ValueError,
+            "variant: got 'cpu', expected None with method 'expanded'",
+        ),
+        ({"plan": 5}, TypeError, "plan: got int, expected an mla.Plan or an mla.PrefillPlan"),
+    ],
+)
+def test_wrong_calls_write_nothing(
+    changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    layer = make_layer(V3, torch.bfloat16)
+    pages = Pages(layer, 2, 8)
+    call = {
+        "hidden": torch.zeros(2, 3, 96).bfloat16(),
+        "positions": torch.arange(3, dtype=torch.int32).expand(2, 3),
+        "kv_cache": pages.kv,
+        "block_table": pages.table,
+        "seq_lens": torch.full((2,), 3, dtype=torch.int32),
+    }
+    assert layer(**call).shape == (2, 3, 96)
+    pages.kv.fill_(torch.nan)
+    with pytest.raises(error, match="^" + message):
+        layer(**call | changes)
+    assert not pages.kv.isfinite().any()
+
+
+@pytest.mark.parametrize("option", [{"method": "absorbed"}, {"variant": "cpu"}])
+def test_a_plan_of_a_prefill_decides_alone(option: dict[str, Any]) -> None:
+    layer = make_layer(V3, torch.bfloat16)
+    pages = Pages(layer, 1, 8)
+    plan = prefill_plan(layer, pages, 3)
+    with pytest.raises(ValueError, match=r"^plan: got a plan of mla.plan_prefill, expected None"):
+        pages.step(layer, torch.zeros(1, 3, 96).bfloat16(), plan=plan, **option)
+    assert not pages.kv.isfinite().any()
+
+
+def test_only_attention_is_taken_over() -> None:
+    with pytest.raises(TypeError, match=r"^attention: got Linear, expected an MLA of transformers"):
+        MultiHeadLatentAttention.from_transformers(torch.nn.Linear(2, 2))
 
 
 def test_checkpoints_load() -> None:

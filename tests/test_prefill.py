@@ -82,10 +82,10 @@ def test_with_a_kernel_that_is_prepared_for_sizes(
     lens, counts = (50, past + new, 20), (50, new, 7)
     problem = make_prefill(Case(lens, counts, dims, 16, torch.float32, causal))
 
-    def cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> fused.State:
+    def cudnn(q: Tensor, rows: Tensor, scale: float, causal: bool) -> fused.State:
         assert len(q) == exact_queries(len(q))
-        assert len(k) == len(q) if causal else len(k) in (256, 512, 1024)
-        return fused.products(q, k, v, scale, causal)
+        assert len(rows) == len(q) if causal else len(rows) in (256, 512, 1024)
+        return fused.products(q, rows, scale, causal)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(expanded_steps, "limits", lambda *_: Limits(*limits))
@@ -150,6 +150,12 @@ class TestArguments:
             ({"method": "expanded", "variant": "cpu"}, ValueError, "variant: got 'cpu', expected"),
             ({"workspace_bytes": 1.5}, TypeError, "workspace_bytes: got 1.5"),
             ({"q": 3}, TypeError, "q: got int"),
+            ({"scale": float("nan")}, ValueError, "scale: got nan, expected a finite number"),
+            ({"scale": None}, TypeError, "scale: got None, expected a number"),
+            ({"scale": torch.ones(())}, TypeError, "scale: got a torch.Tensor, expected a number"),
+            ({"w_kv_b": None}, TypeError, "w_kv_b: got NoneType, expected a torch.Tensor"),
+            ({"kv_cache": None}, TypeError, "kv_cache: got NoneType, expected a torch.Tensor"),
+            ({"plan": 1}, TypeError, "plan: got int, expected an mla.PrefillPlan"),
             ({"q": torch.zeros(2, 3, 4, 96)}, TypeError, "latent: got torch.bfloat16, expected"),
             ({"q": torch.zeros(2, 3, 4, 96).double()}, TypeError, "q: got torch.float64"),
             ({"w_kv_b": torch.zeros(224, 512)}, TypeError, "w_kv_b: got torch.float32, expected"),
@@ -159,8 +165,9 @@ class TestArguments:
     )
     def test_wrong(self, changes: dict[str, Any], kind: type[Exception], message: str) -> None:
         kwargs = make_prefill(Case((50, 61), 17, packed=True)).kwargs
-        with pytest.raises(kind, match=f"^{message}"):
-            mla.prefill(**kwargs | changes)
+        for method in ({}, {"method": "expanded"}):
+            with pytest.raises(kind, match=f"^{message}"):
+                mla.prefill(**kwargs | ({} if "plan" in changes else method) | changes)
 
     @pytest.mark.parametrize(
         ("w_kv_b", "message"),

@@ -14,14 +14,15 @@ import pytest
 import torch
 from command_line import Output, command
 from mla import device, fused, launch, prefill_choice, prefill_costs, prefill_estimate
-from mla.cli import prefill_fit, prefill_sweep
+from mla.cli import prefill_fit, prefill_points
 from mla.cli.arguments import UsageError
-from mla.cli.prefill_sweep import Point
+from mla.cli.prefill_points import Point
 from mla.device import KNOWN, by_name
 from mla.models import MODELS
 from mla.prefill_choice import WORKSPACE_BYTES, Sizes, absorbed_at_once, cheaper_of
 from mla.prefill_costs import PrefillCosts
 from mla.prefill_estimate import Request
+from mla.prefill_times import METHODS, Times
 from test_bench import BENCHMARKS
 
 V3 = MODELS["DeepSeek-V3"].dims
@@ -44,16 +45,20 @@ def request(new: int, cached: int, heads: int = 128, b: int = 1) -> Request:
 
 
 @in_repository
-def test_choice_is_the_better_one_of_the_recorded_sweep() -> None:
-    points = prefill_sweep.read(SWEEP)
+@pytest.mark.parametrize("captured", [True, False])
+def test_choice_is_the_better_one_of_the_recorded_sweep(captured: bool) -> None:
+    """In a CUDA graph, where the GPU's time counts, and without, where the host's does too."""
+    points = prefill_points.read(SWEEP)
     assert {p.heads for p in points} == {16, 128}
     assert {p.new for p in points} >= {1 << i for i in range(13)}
     assert {0, 65536} <= {p.cached for p in points}
     regrets = {}
     for p in points:
         cudnn = fused.CUDNN in p.attention or p.new < 128
-        chosen = prefill_estimate.estimate(request(p.new, p.cached, p.heads), h200(), cudnn).method
-        regrets[p.heads, p.new, p.cached] = p.us[chosen] / min(p.us.values())
+        found = prefill_estimate.estimate(request(p.new, p.cached, p.heads), h200(), cudnn)
+        took = {method: p.took(method, captured) for method in METHODS}
+        regret = took[found.method(captured)] / min(took.values())
+        regrets[p.heads, p.new, p.cached] = regret
     assert {point: regret for point, regret in regrets.items() if regret > WORST} == {}
 
 
@@ -71,8 +76,9 @@ class TestEstimate:
             for heads in (16, 128):
                 few = prefill_estimate.estimate(request(1, 8192, heads), gpu, gpu.sm == 90)
                 many = prefill_estimate.estimate(request(4096, 8192, heads), gpu, gpu.sm == 90)
-                assert few.method == "absorbed", gpu
-                assert many.method == "expanded", gpu
+                for captured in (True, False):
+                    assert few.method(captured) == "absorbed", gpu
+                    assert many.method(captured) == "expanded", gpu
 
     def test_more_work_takes_longer(self) -> None:
         for cudnn in (True, False):
@@ -80,24 +86,38 @@ class TestEstimate:
                 found = prefill_estimate.estimate(request(new, cached), h200(), cudnn)
                 for other in (request(2 * new, cached), request(new, 2 * cached + 512)):
                     more = prefill_estimate.estimate(other, h200(), cudnn)
-                    assert found.absorbed_us is not None
-                    assert more.absorbed_us is not None
-                    assert more.absorbed_us > 0.99 * found.absorbed_us
-                    assert more.expanded_us > 0.99 * found.expanded_us
+                    assert found.absorbed is not None
+                    assert more.absorbed is not None
+                    assert more.absorbed.gpu > 0.99 * found.absorbed.gpu
+                    assert more.absorbed.host >= found.absorbed.host
+                    assert more.expanded.gpu > 0.99 * found.expanded.gpu
+                    assert more.expanded.host >= found.expanded.host
 
     def test_requests_of_a_batch_share_launches(self) -> None:
         one = prefill_estimate.estimate(request(4, 1000, 16), h200(), True)
         many = prefill_estimate.estimate(request(4, 1000, 16, b=64), h200(), True)
-        assert one.absorbed_us is not None
-        assert many.absorbed_us is not None
-        assert many.absorbed_us < one.absorbed_us / 5
-        assert many.expanded_us < one.expanded_us / 2
+        assert one.absorbed is not None
+        assert many.absorbed is not None
+        assert many.absorbed.gpu < one.absorbed.gpu / 5
+        assert many.absorbed.host == one.absorbed.host / 64
+        assert many.expanded.gpu < one.expanded.gpu / 2
+        assert many.expanded.host < one.expanded.host / 2
+
+    def test_a_short_prompt_waits_for_the_host(self) -> None:
+        """Un-absorbed saves the GPU some time and costs the host more, unless it is captured."""
+        found = prefill_estimate.estimate(request(256, 0, 16), h200(), True)
+        assert found.method(captured=True) == "expanded"
+        assert found.method(captured=False) == "absorbed"
+
+    def test_the_longer_time_counts(self) -> None:
+        assert [Times(30.0, 40.0).us(captured) for captured in (True, False)] == [30, 40]
+        assert [Times(50.0, 40.0).us(captured) for captured in (True, False)] == [50, 50]
 
     def test_without_a_kernel_it_is_expanded(self) -> None:
         other = request(1, 8192)._replace(dims=replace(V3, kv_lora=128))
         found = prefill_estimate.estimate(other, h200(), True)
-        assert found.absorbed_us is None
-        assert found.method == "expanded"
+        assert found.absorbed is None
+        assert found.method(captured=True) == found.method(captured=False) == "expanded"
 
 
 class TestChoice:
@@ -118,9 +138,11 @@ class TestChoice:
 
     def test_of_requests(self) -> None:
         sizes = self.sizes(2, 4097, 70000)
-        assert cheaper_of(sizes, 1, 5000) == "absorbed"
-        assert cheaper_of(sizes, 4096, 65536) == "expanded"
-        assert cheaper_of(sizes._replace(dtype=torch.float32), 1, 5000) == "expanded"
+        for captured in (True, False):
+            assert cheaper_of(sizes, 1, 5000, captured) == "absorbed"
+            assert cheaper_of(sizes, 4096, 65536, captured) == "expanded"
+            wide = sizes._replace(dtype=torch.float32)
+            assert cheaper_of(wide, 1, 5000, captured) == "expanded"
 
     def test_decode_steps_do_not_wait_for_lengths(self) -> None:
         for b in (1, 64, 512):
@@ -133,7 +155,7 @@ class TestChoice:
 
     def test_what_is_gained_must_be_worth_a_plan(self) -> None:
         """A short prompt's few microseconds are not."""
-        assert cheaper_of(self.sizes(1, 96, 128), 96, 96) == "expanded"
+        assert cheaper_of(self.sizes(1, 96, 128), 96, 96, captured=True) == "expanded"
         assert absorbed_at_once(self.sizes(1, 96, 128), 96)
 
     def test_captured_is_absorbed(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +187,7 @@ class TestCosts:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"format": 0}, "format: got 0, expected 1"),
+            ({"format": 0}, "format: got 0, expected 2"),
             ({"costs": {"memory_gbs": 1}}, "costs: got memory_gbs, expected absorbed_us"),
             ({"memory_gbs": 0}, "memory_gbs: got 0, expected a number above 0"),
             ({"memory_gbs": math.inf}, "memory_gbs: got inf, expected a number above 0"),
@@ -190,29 +212,39 @@ class TestFit:
             for new in (1, 16, 64, 128, 300, 1024):
                 for cached in (0, 700, 5000, 40000):
                     attention = fused.CUDNN if new >= 128 else fused.FLASH
-                    empty = Point(heads, new, cached, {}, {"expanded": 300.0}, attention)
-                    us = {
-                        method: predict(costs) * math.exp(dice.gauss(0, noise))
-                        for method, predict in prefill_fit.sample(empty, h200()).predict.items()
+                    empty = Point(heads, new, cached, {}, {}, {"expanded": 300.0}, attention)
+                    made = prefill_fit.sample(empty, h200())
+                    times = {
+                        method: [us * math.exp(dice.gauss(0, noise)) for us in predicted]
+                        for method in METHODS
+                        for predicted in [made.predicted(method, costs)]
                     }
-                    points.append(replace(empty, us=us))
+                    us, host_us = ({m: times[m][i] for m in METHODS} for i in range(2))
+                    points.append(replace(empty, us=us, host_us=host_us))
         return points
 
     def test_constants_are_found_again(self) -> None:
         true = prefill_costs.built_in().costs._replace(
-            absorbed_us=40, decode_factor=1.2, cudnn_tflops=400, memory_gbs=2000, planning_us=300
-        )
+            absorbed_us=40, decode_factor=1.2, cudnn_tflops=400, memory_gbs=2000, planning_us=300,
+            absorbed_host_us=150, attention_host_us=80,
+        )  # fmt: skip
         samples = [prefill_fit.sample(point, h200()) for point in self.points(true)]
         found = prefill_fit.fit(samples, h200())
-        for name in ("absorbed_us", "decode_factor", "cudnn_tflops", "planning_us"):
+        for name in (
+            "absorbed_us", "decode_factor", "cudnn_tflops", "planning_us", "absorbed_host_us",
+            "attention_host_us",
+        ):  # fmt: skip
             assert getattr(found, name) == pytest.approx(getattr(true, name), rel=0.1), name
-        assert max(sample.regret(found) for sample in samples) < 1.1
+        for captured in (True, False):
+            assert max(sample.regret(found, captured) for sample in samples) < 1.1
 
     def test_command(self, tmp_path: Path, capsys: Output) -> None:
         sweep, target = tmp_path / "sweep.json", tmp_path / "costs.json"
-        prefill_sweep.write(sweep, self.points(prefill_costs.built_in().costs, noise=0))
+        prefill_points.write(sweep, self.points(prefill_costs.built_in().costs, noise=0))
         assert command(f"fit --prefill --gpu H200 --out {target} {sweep}") == 0
-        assert "the choice costs 0.0" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "in a CUDA graph the choice costs 0.0" in printed
+        assert "without one the choice costs 0.0" in printed
         assert json.loads(target.read_text())["made"]["points"] == 48
         found = prefill_costs.parse(target.read_text()).costs
         assert found.cudnn_tflops == pytest.approx(
@@ -226,13 +258,13 @@ class TestFit:
         path = tmp_path / "sweep.json"
         path.write_text(text)
         with pytest.raises(UsageError, match=r"sweep\.json"):
-            prefill_sweep.read(path)
+            prefill_points.read(path)
 
 
 def test_sweep_on_a_cpu(tmp_path: Path, capsys: Output) -> None:
     target = tmp_path / "sweep.json"
     assert command(f"bench --prefill --device cpu --repeat 1 --json {target}") == 0
-    points = prefill_sweep.read(target)
+    points = prefill_points.read(target)
     assert [(p.new, p.cached) for p in points] == [(1, 0), (1, 100), (48, 0), (48, 100)]
     assert {p.attention for p in points} == {fused.PRODUCTS}
     conditions = json.loads((tmp_path / "sweep.meta.json").read_text())
@@ -243,14 +275,18 @@ def test_sweep_on_a_cpu(tmp_path: Path, capsys: Output) -> None:
 class TestExplain:
     def test_of_a_gpu_elsewhere(self) -> None:
         found = mla.explain_prefill(2048, 4096, device="H200", heads=16)
-        assert found.method == "expanded"
+        assert found.method == found.captured_method == "expanded"
         assert found.estimate is not None
-        assert found.estimate.absorbed_us is not None
+        for times, by in zip(found.estimate, ("mla.decode", "cuDNN's attention"), strict=True):
+            assert times is not None
+            line = f"{times.gpu:.1f} us a request, by {by}; {times.host:.1f} of the host"
+            assert line in str(found)
         text = str(found)
-        assert f"{found.estimate.absorbed_us:.1f} us a request, by mla.decode" in text
-        assert f"{found.estimate.expanded_us:.1f} us a request, by cuDNN's attention" in text
+        assert "method     expanded, in a CUDA graph expanded" in text
         assert "constants  measured on an H200" in text
         assert mla.explain_prefill(1, 4096, device="H200").method == "absorbed"
+        short = mla.explain_prefill(256, device="H200", heads=16)
+        assert (short.method, short.captured_method) == ("absorbed", "expanded")
 
     def test_of_one_never_measured(self) -> None:
         text = str(mla.explain_prefill(2048, 4096, device="RTX 4090"))
@@ -270,10 +306,19 @@ class TestExplain:
             ({"new": 0}, "new: got 0, expected 1"),
             ({"new": 1, "cached": -1}, "cached: got -1, expected 0"),
             ({"new": 1, "b": 0}, "b: got 0"),
+            ({"new": 1, "heads": 0}, "heads: got 0, expected 1"),
             ({"new": 1, "device": "Voodoo"}, "device: got 'Voodoo'"),
         ):
             with pytest.raises(ValueError, match=f"^{message}"):
                 mla.explain_prefill(**sizes)
+
+    def test_wrong_kinds(self) -> None:
+        for kinds, message in (
+            ({"dims": 3}, "dims: got int, expected mla.models' or a LayerConfig's"),
+            ({"dtype": "x"}, "dtype: got x, expected torch.bfloat16 or torch.float16"),
+        ):
+            with pytest.raises(TypeError, match=f"^{message}"):
+                mla.explain_prefill(1, device="cpu", **kinds)
 
     def test_command(self, capsys: Output) -> None:
         assert command("explain --prefill --s-q 512 --kv 4608 --h 16 --gpu H200") == 0

@@ -7,6 +7,7 @@ Held to the tree: links, names of files, and words that do not belong.
 from __future__ import annotations
 
 import importlib.metadata
+import pkgutil
 import re
 import subprocess
 import sys
@@ -103,6 +104,15 @@ def test_examples_run() -> None:
     blocks = code_blocks("python")
     assert blocks
     exec(compile("\n".join(blocks), "README.md", "exec"), {})
+
+
+def test_names_exist() -> None:
+    """What is called `mla.x` is there; behind `import mla`, but for the interfaces of others."""
+    names = set(re.findall(r"`mla\.([\w.]+)", README))
+    assert {"decode", "checkpoint", "models.MODELS", "compat.flash_mla"} <= names
+    for name in names:
+        pkgutil.resolve_name(f"mla.{name}")
+        assert name.split(".")[0] in [*mla.__all__, "compat"], name
 
 
 def test_environment_variables_are_those_read() -> None:

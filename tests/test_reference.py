@@ -85,15 +85,16 @@ def test_the_paged_call_finds_every_token(case: Case) -> None:
 class TestErrors:
     def test_equal(self) -> None:
         x = torch.randn(7, 3)
-        assert errors(x, x.double()) == (0, 0, 0, 0)
-        assert errors(torch.zeros(3), torch.zeros(3)) == (0, 0, 0, 0)
-        assert errors(torch.empty(0), torch.empty(0)) == (0, 0, 0, 0)
+        assert errors(x, x.double()) == (0, 0, 0, 0, 0)
+        assert errors(torch.zeros(3), torch.zeros(3)) == (0, 0, 0, 0, 0)
+        assert errors(torch.empty(0), torch.empty(0)) == (0, 0, 0, 0, 0)
 
     def test_by_hand(self) -> None:
         got = errors(torch.tensor([3.0, 0.0]), torch.tensor([3.0, 4.0]))
         assert got.cosine_distance == pytest.approx(1 - 9 / 15)
         assert got.relative_rmse == pytest.approx(4 / 5)
         assert got.wmape == pytest.approx(4 / 7)
+        assert got.mse == 8
         assert got.max_abs == 4
 
     def test_cosine_is_blind_to_scale_and_the_others_are_not(self) -> None:

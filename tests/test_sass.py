@@ -26,6 +26,7 @@ IMAGES = [
     "append",
     "merge",
     "stream",
+    "empty",
     *(v["name"] for v in GPU_VARIANTS),
 ]
 each_image = pytest.mark.parametrize("image", IMAGES)
@@ -142,8 +143,8 @@ def entry_points(image: str) -> set[str]:
     if image == "merge":
         types = ("bf16", "fp16", "fp32")
         return {f"mla_merge_{t}{end}" for t in types for end in ("", "_unaligned")}
-    if image == "stream":
-        return {"mla_stream"}
+    if image in ("stream", "empty"):
+        return {f"mla_{image}"}
     return {f"mla_{image}_{t}" for t in ("bf16", "fp16")}
 
 
@@ -180,7 +181,8 @@ def test_nothing_is_kept_in_local_memory(image: str) -> None:
     counted = instructions(image)
     assert set(counted) == {(f.arch, f.name) for f in functions(image)}
     for where, counts in counted.items():
-        assert sum(counts.values()) > 50, where  # the disassembly was understood
+        least = 10 if image == "empty" else 50
+        assert sum(counts.values()) > least, where  # the disassembly was understood
         assert not [op for op in counts if op.startswith(("LDL", "STL"))], where
 
 

@@ -30,3 +30,9 @@ def test_the_launch(run: Any) -> None:
 def test_what_is_refused(address: int, size: int, ctas: int, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         _mla.launch_stream(address, size, 0x2000, ctas, 0, 0)
+
+
+@pytest.mark.parametrize("launches", [0, 4])
+def test_no_call_has_so_many_launches(launches: int) -> None:
+    with pytest.raises(ValueError, match="launches must be 1 to 3"):
+        _mla.queue_empty(launches, 0, 0)

@@ -143,6 +143,7 @@ def test_images_are_of_the_table() -> None:
         "append",
         "merge",
         "stream",
+        "empty",
         *(v.name for v in GPU_VARIANTS),
     }
     assert set(_mla.images()) == names

@@ -14,9 +14,8 @@ from mla.models import MODELS
 from mla.nn import MultiHeadLatentAttention
 from mla.reference import errors
 from paged_layer import Pages, exact_decode, randomise
+from their_transformers import transformers
 from torch import Tensor
-
-transformers = pytest.importorskip("transformers", "5.0", reason="needs transformers")
 
 YARN_V3 = {
     "rope_type": "yarn",
@@ -89,9 +88,9 @@ MODELS_OF_TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "longcat": ("longcat_flash", "LongcatFlash", {"rope_parameters": PLAIN}),
     "youtu": ("youtu", "Youtu", {"rope_parameters": PLAIN}),
 }
-# Relative RMSE. transformers rounds cos and sin, keys and values of heads, and probabilities to the
-# module's dtype; both round products, and the norms. float64: both compute norms or rotations, and
-# transformers the softmax, in float32.
+# Relative RMSE and WMAPE. transformers rounds cos and sin, keys and values of heads, and
+# probabilities to the module's dtype; both round products, and the norms. float64: both compute
+# norms or rotations, and transformers the softmax, in float32.
 TOLERANCE = {torch.float64: 2e-6, torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 DTYPES = list(TOLERANCE)
 
@@ -135,8 +134,11 @@ def test_same_as_their_attention(
     assert all(p.requires_grad for p in attention.parameters())
 
     def check(got: Tensor) -> None:
-        found = errors(got, want)
-        assert found.relative_rmse < TOLERANCE[dtype], str(found)
+        found, most = errors(got, want), TOLERANCE[dtype]
+        assert found.relative_rmse < most, str(found)
+        assert found.wmape < most, str(found)
+        assert found.cosine_distance < most**2 / 2, str(found)
+        assert found.mse < most**2 / 2, str(found)  # of outputs of about N(0, 0.7)
 
     def steps(**options: Any) -> Tensor:
         pages = Pages(layer, 2, 30)

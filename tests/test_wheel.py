@@ -107,6 +107,7 @@ def test_images_are_those_of_the_table() -> None:
         "append",
         "merge",
         "stream",
+        "empty",
         *rows,
     ]
     for name, size in _mla.images().items():

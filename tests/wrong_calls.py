@@ -97,6 +97,16 @@ WRONG: dict[str, tuple[Callable[[], Arguments], type[Exception], str]] = {
         T,
         "out: got float, expected a torch.Tensor",
     ),
+    "q is sparse": (
+        lambda: given(uniform, q=uniform()["q"].to_sparse()),
+        T,
+        "q: got a tensor of layout torch.sparse_coo, expected a dense one",
+    ),
+    "lengths are sparse": (
+        lambda: given(uniform, seq_lens=uniform()["seq_lens"].to_sparse()),
+        T,
+        "seq_lens: got a tensor of layout torch.sparse_coo, expected a dense one",
+    ),
     # Dtypes
     "q float32": (
         lambda: given(uniform, q=zeros(B, S_Q, H, 576, dtype=torch.float32)),

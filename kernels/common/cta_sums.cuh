@@ -48,16 +48,6 @@ __device__ __forceinline__ void block_prefix(T (&x)[N], T (&all)[N], T (*scratch
   }
 }
 
-// The sum over the CTA, for every thread.
-template <class T>
-__device__ __forceinline__ T block_sum(T x, T* scratch) {
-  __syncthreads();  // the scratch of an earlier sum has been read
-  x = warp_sum(x);
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
-  __syncthreads();  // the sums of all warps are there
-  return warp_sum(threadIdx.x % 32 < kPlanWarps ? scratch[threadIdx.x % 32] : T{0});
-}
-
 // schedule::best_group_size, of a warp: each lane has what all items cost in bundles of its size.
 __device__ __forceinline__ int32_t size_of_lane() { return threadIdx.x % schedule::kMaxGroupSize + 1; }
 template <class Unit>

@@ -16,9 +16,12 @@ namespace mla::schedule {
 // Starting and finishing an item (Q, first KV latency, output) costs about as much as this many KV tokens. On an H200 27 ragged batches
 // take 1.5 % less than with 64, in the mean (75.0 -> 70.6 us at 16 requests of 8,192 tokens and 128 heads), and 0.7 % less than with 192.
 constexpr int kItemOverheadTokens = 128;
-constexpr int kMinGroupTokens = 128;  // of least_tiles()
-// With more tokens than few, combining is dearer: 27.5 us instead of 23.8 for one request of 16,384 tokens in ranges of 128.
-constexpr int kFewTokens = 6144, kMinGroupTokensOfMany = 192;
+// A group has at least so many tokens, by the longest item (least_tokens()): below it, combining more splits costs more than they save.
+// Measured (DESIGN.md, decision 8): one request of 1,024 tokens in parts of 64 takes 11.5 us instead of 12.7 in parts of 128 where row
+// blocks are low, 19.8 instead of 18.1 where they are high; one of 4,096 13.1 in parts of 128, 14.4 in parts of 64 (32 heads); one of 16,384
+// 17.6 in parts of 192, 20.3 in parts of 128.
+constexpr int kShortTokens = 2048, kMinGroupTokensOfShort = 64, kLowRows = 32;
+constexpr int kMediumTokens = 8192, kMinGroupTokens = 128, kMinGroupTokensOfLong = 192;
 // Cuts fall on the ends of equally long items if that makes the busiest group's range longer by at most one part in this.
 constexpr int kAlignmentShare = 64;
 
@@ -40,16 +43,20 @@ inline bool is_small(const Lengths& lengths, Shape shape) {
   return lengths.num_requests <= kSmallBatch && units_are_few(lengths, shape, overhead_units(shape));
 }
 
-// A group has at least so many tiles: below it, combining more splits costs more than they save.
-template <class Unit>
-MLA_HD int32_t least_tiles(Unit total_units, Shape shape) {
-  const bool few = total_units <= kFewTokens >> log2_of(shape.block_n);
-  return blocks_of(few ? kMinGroupTokens : kMinGroupTokensOfMany, shape.block_n);
+// Of a batch whose longest item has so many units.
+MLA_HD int32_t least_tiles(int32_t most_units, Shape shape) {
+  const int32_t tiles = most_units - overhead_units(shape);
+  const bool is_long = tiles > blocks_of(kMediumTokens, shape.block_n);
+  const bool is_short = tiles <= blocks_of(kShortTokens, shape.block_n);
+  const bool is_one_part = tiles <= blocks_of(kMinGroupTokens, shape.block_n);  // what need not be combined is not
+  const int32_t least = is_long                                                    ? kMinGroupTokensOfLong
+                        : is_short && !is_one_part && shape.block_rows <= kLowRows ? kMinGroupTokensOfShort
+                                                                                   : kMinGroupTokens;
+  return blocks_of(least, shape.block_n);
 }
 // Its range, which may hold an item's overhead, is at least this long: no range is overhead alone.
-template <class Unit>
-MLA_HD int32_t least_range(Unit total_units, Shape shape) {
-  const int32_t tiles = least_tiles(total_units, shape), overhead = overhead_units(shape);
+MLA_HD int32_t least_range(int32_t most_units, Shape shape) {
+  const int32_t tiles = least_tiles(most_units, shape), overhead = overhead_units(shape);
   return tiles > overhead ? tiles : overhead + 1;
 }
 
@@ -77,7 +84,7 @@ MLA_HD Cuts<Unit> make_cuts(const Items<Unit>& items, Shape shape, int32_t group
   cuts.group_size = group_size;
   cuts.overhead = overhead_units(shape);
   const Unit groups = groups_of(num_workers, group_size);
-  const Unit least = least_range(items.units, shape);
+  const Unit least = least_range(items.most_units, shape);
   if (items.most_units <= least && items.number > 0 && items.number <= groups) {
     cuts.units_per_group = cuts.item_span = items.most_units;
     cuts.num_groups = static_cast<int32_t>(items.number);
@@ -89,7 +96,7 @@ MLA_HD Cuts<Unit> make_cuts(const Items<Unit>& items, Shape shape, int32_t group
     const Unit tiles = items.most_units - cuts.overhead;
     const Unit of_group = ceil_div(items.number, groups);  // whole items
     const Unit wanted =
-        clamp<Unit>(quotient(groups, items.number), 1, ceil_div<Unit>(tiles, least_tiles(items.units, shape)));
+        clamp<Unit>(quotient(groups, items.number), 1, ceil_div<Unit>(tiles, least_tiles(items.most_units, shape)));
     const Unit part = ceil_div(tiles, wanted);
     const Unit longest = wanted > 1 ? part + cuts.overhead : of_group * items.most_units;
     if (longest <= cuts.units_per_group + cuts.units_per_group / kAlignmentShare + cuts.overhead) {

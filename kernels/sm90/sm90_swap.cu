@@ -6,63 +6,32 @@
 //
 //   loads    A warp of the third warpgroup fetches chunk behind chunk, as soon as there is room, by TMA; or two warps copy half of its
 //            rows each by cp.async, where pages have no usable boxes. Two more fetch Q of the next piece, and say what it is.
-//   logits   Two tiles at a time, one each warpgroup: S^T[64 tokens, rows] = K Q^T.
-//   softmax  The warpgroups agree on the max of both tiles; P^T goes to shared memory.
-//   values   Warpgroup w owns half w of O's columns: O^T[64 columns, rows] += V^T P^T, for 64 columns of a chunk at a time, of both tiles.
+//   logits   The two warpgroups have every other tile each: S^T[64 tokens, rows] = K Q^T.
+//   softmax  Each has a running max of its own; P^T goes to shared memory.
+//   values   O^T[64 columns, rows] += V^T P^T, for 64 columns of a chunk at a time, all of them.
 //
-// Nothing of this overlaps but with the loads: the products of a tile take less than half of the time that its bytes take. Schedule,
+// Nothing of this waits for the other warpgroup. At the end of a piece they exchange half of their O^T, scaled by the max of both. Schedule,
 // budgets, barriers: sm90_swap.md.
-
-#include <cstddef>
 
 #include "../common/dependent.cuh"
 #include "../common/entry.cuh"
+#include "sm90_swap_memory.cuh"
 #include "transposed.cuh"
-#include "walk.cuh"
 
 namespace mla::sm90 {
 
-constexpr int kWarpgroupThreads = 128, kWarpgroupWarps = 4, kConsumers = 2;
 constexpr int kConsumerThreads = kConsumers * kWarpgroupThreads;
-constexpr int kCopyWarps = 2;    // of the producer, that load KV; the others copy Q
 constexpr int kCopiesAhead = 6;  // chunks by cp.async that are in flight
 
 // Named barriers; 0 is __syncthreads.
 enum Barrier : int {
-  kMaxReady = 1,  // the maxima of both tiles are there; nobody reads the P before. Both warpgroups
-  kPReady = 2,    // P of both tiles is there. Both warpgroups
-  kResult = 3,    // sums, and the partial result of another group, are there; or all of one is stored. Both warpgroups
-  kBegun = 4,     // the mbarriers are there. All threads
-};
-
-template <class C>
-struct Smem {
-  uint8_t q[TileLayout<C>::q_bytes];
-  uint8_t ring[C::stages][kChunkBytes];
-  uint8_t p[kConsumers][C::block_rows * kRowBytes];             // [rows][tokens], of each warpgroup's tile
-  RowBlock block[2];                                            // by parity of the piece; no tiles: there is no more
-  float tile_max[kConsumers * kWarpgroupWarps][C::block_rows];  // of the 16 tokens of a warp
-  // Of a row: of P over the piece, for a warp's tokens, and of the absolute values of O, for its columns.
-  float row_sums[kConsumers * kWarpgroupWarps][C::block_rows][2];
-  uint64_t full[C::stages];  // the chunk is there
-  uint64_t free[C::stages];  // nobody reads it any more
-  uint64_t landed;           // the last tile of a request is there, but for its zeros
-  uint64_t q_full, q_free;
-};
-
-// A chunk's place in the ring, and the parity of the round.
-template <class C>
-struct RingPlace {
-  int slot = 0, parity = 0;
-  __device__ __forceinline__ void advance(int chunks) {
-    slot += chunks;
-    if (slot >= C::stages) slot -= C::stages, parity ^= 1;
-  }
-  __device__ __forceinline__ RingPlace after(int chunks) const {
-    RingPlace next = *this;
-    next.advance(chunks);
-    return next;
-  }
+  kMaxReady =
+      1,  // + warpgroup: the maxima of its tile are there; nobody reads the P, or the tile, before. Its own threads
+  kPReady = 3,  // + warpgroup: its P is there. Its own threads
+  kResult =
+      5,  // what the warpgroups exchange, and another group's partial result, is there; or all of one is stored. Both
+  kBegun = 6,   // the mbarriers are there. The producer waits, the others arrive
+  kInputs = 7,  // so is what the kernel before wrote. The producer arrives, the others wait
 };
 
 template <class C, int SmemBytes>
@@ -75,18 +44,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
   static_assert(sizeof(Smem<C>) + alignment == SmemBytes,
                 "the smem column of variants.inc must be sizeof(Smem) + what aligning it may take");
   extern __shared__ __align__(1024) unsigned char smem_bytes[];
-  const uint32_t smem = (shared_address(smem_bytes) + alignment - 1) / alignment * alignment;
-  auto at = [&](size_t offset) { return smem + static_cast<uint32_t>(offset); };
-  auto chunk_at = [&](int slot) { return at(offsetof(Smem<C>, ring)) + slot * kChunkBytes; };
-  auto block_at = [&](int parity) {
-    return at(offsetof(Smem<C>, block)) + parity * static_cast<uint32_t>(sizeof(RowBlock));
-  };
-  auto tile_max_at = [&](int warp, int row) { return at(offsetof(Smem<C>, tile_max)) + (warp * rows + row) * 4; };
-  auto row_sums_at = [&](int warp, int row) { return at(offsetof(Smem<C>, row_sums)) + (warp * rows + row) * 8; };
-  auto full_at = [&](int slot) { return at(offsetof(Smem<C>, full)) + slot * kMbarrierBytes; };
-  auto free_at = [&](int slot) { return at(offsetof(Smem<C>, free)) + slot * kMbarrierBytes; };
-  const uint32_t landed = at(offsetof(Smem<C>, landed)), q_full = at(offsetof(Smem<C>, q_full)),
-                 q_free = at(offsetof(Smem<C>, q_free));
+  const Memory<C> at{(shared_address(smem_bytes) + alignment - 1) / alignment * alignment};
 
   const int warpgroup = warp_uniform(threadIdx.x / kWarpgroupThreads);
   const int warp = warp_uniform(threadIdx.x % kWarpgroupThreads / 32), lane = threadIdx.x % 32;
@@ -97,11 +55,12 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
     PieceWalk<C> walk(p);
     Slot slot{};
     if (warp < kCopyWarps) slot = has_boxes(p) ? walk.box_slot_at(0) : walk.row_slot_at(0, warp * 32 + lane);
-    named_barrier_sync(kBegun, C::threads);
+    named_barrier_arrive(kInputs, C::threads);  // pairs with the consumers' wait
+    named_barrier_sync(kBegun, C::threads);     // pairs with the consumers' arrival
     let_next_kernel_start();
 
     // Where a tile would begin whose chunk `chunk` is here.
-    auto tile_at = [&](RingPlace<C> place, int chunk) { return chunk_at(place.slot) - chunk * kChunkBytes; };
+    auto tile_at = [&](RingPlace<C> place, int chunk) { return at.chunk(place.slot) - chunk * kChunkBytes; };
 
     auto load_boxes_of_pieces = [&] {
       RingPlace<C> place;
@@ -116,33 +75,33 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
           if (tokens == kTileTokens) {
 #pragma unroll 1
             for (int chunk = 0; chunk < L::k_chunks; ++chunk, place.advance(1)) {
-              mbarrier_wait(free_at(place.slot), place.parity ^ 1);  // pairs with release(), a round before
+              mbarrier_wait(at.free(place.slot), place.parity ^ 1);  // pairs with release(), a round before
               if (elect_lane()) {
-                mbarrier_arrive_expect(full_at(place.slot), kChunkBytes);
-                load_chunk<C>(p, tile_at(place, chunk), chunk, boxes, kTileTokens, full_at(place.slot));
+                mbarrier_arrive_expect(at.full(place.slot), kChunkBytes);
+                load_chunk<C>(p, tile_at(place, chunk), chunk, boxes, kTileTokens, at.full(place.slot));
               }
             }
           } else {  // the end of the request: the values behind it become zeros before anybody sees the tile
             RingPlace<C> of = place;
             for (int chunk = 0; chunk < L::k_chunks; ++chunk, of.advance(1))
-              mbarrier_wait(free_at(of.slot), of.parity ^ 1);
+              mbarrier_wait(at.free(of.slot), of.parity ^ 1);
             of = place;
             if (tokens > 0) {
               if (elect_lane()) {
-                mbarrier_arrive_expect(landed, L::k_chunks * box_bytes(p, tokens));
+                mbarrier_arrive_expect(at.landed(), L::k_chunks * box_bytes(p, tokens));
 #pragma unroll 1
                 for (int chunk = 0; chunk < L::k_chunks; ++chunk, of.advance(1))
-                  load_chunk<C>(p, tile_at(of, chunk), chunk, boxes, tokens, landed);
+                  load_chunk<C>(p, tile_at(of, chunk), chunk, boxes, tokens, at.landed());
               }
-              mbarrier_wait(landed, landed_parity);
+              mbarrier_wait(at.landed(), landed_parity);
               landed_parity ^= 1;
             }
             of = place;
             for (int chunk = 0; chunk < L::k_chunks; ++chunk, of.advance(1))
-              if (chunk < L::v_chunks) zero_rows(chunk_at(of.slot), 1, tokens, lane, 32);
+              if (chunk < L::v_chunks) zero_rows(at.chunk(of.slot), 1, tokens, lane, 32);
             fence_proxy_async();
             __syncwarp();  // all lanes have fenced their zeros
-            if (lane < L::k_chunks) mbarrier_arrive(full_at(place.after(lane).slot));
+            if (lane < L::k_chunks) mbarrier_arrive(at.full(place.after(lane).slot));
             place.advance(L::k_chunks);
           }
         }
@@ -157,7 +116,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
       auto announce = [&] {
         fence_proxy_async();
         __syncwarp();  // all lanes have fenced their copies
-        if (lane == 0) mbarrier_arrive(full_at(announced.slot));
+        if (lane == 0) mbarrier_arrive(at.full(announced.slot));
         announced.advance(1);
         --ahead;
       };
@@ -167,13 +126,13 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
           const RowUnits latent = row_units(row.latent, row.exists);
           if (tile + 1 < walk.block.num_tiles) slot = walk.row_slot_at(tile + 1, warp * 32 + lane);
           for (int chunk = 0; chunk < L::k_chunks; ++chunk, place.advance(1)) {
-            if (!__all_sync(0xffffffffu, mbarrier_test(free_at(place.slot), place.parity ^ 1))) {
+            if (!__all_sync(0xffffffffu, mbarrier_test(at.free(place.slot), place.parity ^ 1))) {
               cp_async_wait<0>();  // who frees this chunk may first need what is in flight
               while (ahead > 0) announce();
-              mbarrier_wait(free_at(place.slot), place.parity ^ 1);  // pairs with release(), a round before
+              mbarrier_wait(at.free(place.slot), place.parity ^ 1);  // pairs with release(), a round before
             }
-            if (chunk < L::v_chunks) copy_rows(chunk_at(place.slot), warp * 32, latent, chunk * kChunkColumns);
-            else copy_rows(chunk_at(place.slot), warp * 32, row_units(row.rope, row.exists), 0, L::rope);
+            if (chunk < L::v_chunks) copy_rows(at.chunk(place.slot), warp * 32, latent, chunk * kChunkColumns);
+            else copy_rows(at.chunk(place.slot), warp * 32, row_units(row.rope, row.exists), 0, L::rope);
             cp_async_commit();
             if (++ahead > kCopiesAhead) {
               cp_async_wait<kCopiesAhead>();
@@ -188,34 +147,37 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
       while (ahead > 0) announce();
     };
 
-    if (warp >= kCopyWarps) copy_q_of_pieces<C>(p, walk, smem, block_at(0), q_full, q_free);
+    if (warp >= kCopyWarps) copy_q_of_pieces<C>(p, walk, at.q(), at.block(0), at.q_full(), at.q_free());
     else if (!has_boxes(p)) copy_rows_of_pieces();
     else if (warp == 0) load_boxes_of_pieces();
   } else {
-    if (threadIdx.x == 0) {
-      for (int slot = 0; slot < C::stages; ++slot) {
-        mbarrier_init(full_at(slot), has_boxes(p) ? 1 : kCopyWarps);
-        mbarrier_init(free_at(slot), kWarpgroupWarps);
-      }
-      mbarrier_init(landed, 1);
-      mbarrier_init(q_full, kQWarps);
-      mbarrier_init(q_free, kConsumers * kWarpgroupWarps);
-      fence_mbarrier_init();
-    }
-    named_barrier_sync(kBegun, C::threads);
+    if (threadIdx.x == 0) at.init_mbarriers(has_boxes(p));
+    named_barrier_arrive(kBegun, C::threads);  // pairs with the producer's wait
+    named_barrier_sync(kInputs, C::threads);   // pairs with the producer's arrival
     let_next_kernel_start();
     const int quad = lane / 4,
               pair = lane % 4 * 2;  // accumulators: tokens, or columns, quad and quad + 8; query rows pair, pair + 1
-    const uint64_t q_operand = k_major(smem), k_operand = k_major(chunk_at(0)), v_operand = mn_major(chunk_at(0));
-    const uint64_t p_operand = k_major(at(offsetof(Smem<C>, p)));
+    const uint64_t q_operand = k_major(at.q()), k_operand = k_major(at.chunk(0)), v_operand = mn_major(at.chunk(0));
+    const uint64_t p_operand = k_major(at.p());
     constexpr uint64_t q_chunk_step = descriptor_step(L::q_chunk_bytes), p_step = descriptor_step(rows * kRowBytes);
     auto in_slot = [](uint64_t operand, int slot) {
       return pinned(operand + static_cast<uint64_t>(slot) * kChunkStep);
     };
 
-    float s[rows / 2], o[L::half_chunks][rows / 2];
+    // O^T of the columns that the warpgroup stores, and of those that the other does.
+    float s[rows / 2], o[2][L::half_chunks][rows / 2];
     float max[columns * 2], sum[columns * 2];  // of query row 8 n + pair + j: number 2 n + j
-    RingPlace<C> place;                        // of the first chunk of the next tile
+    auto chunk_of = [&](int half, int chunk) { return (warpgroup ^ half) * L::half_chunks + chunk; };
+    auto for_o = [&](auto halves, auto&& visit) {
+#pragma unroll
+      for (int half = 0; half < halves.value; ++half)
+#pragma unroll
+        for (int chunk = 0; chunk < L::half_chunks; ++chunk) visit(o[half][chunk]);
+    };
+    constexpr Index<1> own_half{};
+    constexpr Index<2> both_halves{};
+    int first_own = warpgroup;  // of the piece's tiles; the warpgroups take the ring's in turn
+    RingPlace<C> place = RingPlace<C>{}.after(warpgroup * L::k_chunks);  // of the first chunk of the next one
 
     auto arrive = [&](uint32_t mbarrier) {  // of this warp, once its wgmmas are done
       if (lane == 0) mbarrier_arrive(mbarrier);
@@ -225,7 +187,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
       unrolled<L::k_chunks>([&](auto i) {
         constexpr int chunk = i.value;
         const RingPlace<C> from = tile.after(chunk);
-        mbarrier_wait(full_at(from.slot), from.parity);  // pairs with the producer's loads and arrivals
+        mbarrier_wait(at.full(from.slot), from.parity);  // pairs with the producer's loads and arrivals
         wgmma_fence();
         const uint64_t a = in_slot(k_operand, from.slot), b = pinned(q_operand + chunk * q_chunk_step);
 #pragma unroll
@@ -238,29 +200,49 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
       wgmma_wait<0>();
       pin(s);
     };
-    auto issue_values = [&](RingPlace<C> tile, int of) {
+    // Of the own half of the columns, or of both, by the P of warpgroup `of`.
+    auto multiply_values = [&](int tile_slot, int of, auto halves) {
+      for_o(halves, [](float (&x)[rows / 2]) { pin(x); });
       wgmma_fence();
-      unrolled<L::half_chunks>([&](auto i) {
-        const uint64_t a = in_slot(v_operand, tile.after(warpgroup * L::half_chunks + i.value).slot);
-        const uint64_t b = pinned(p_operand + of * p_step);
+      const uint64_t b = pinned(p_operand + of * p_step);
+      unrolled<halves.value * L::half_chunks>([&](auto i) {
+        constexpr int half = i.value / L::half_chunks, chunk = i.value % L::half_chunks;
+        const uint64_t a = in_slot(v_operand, slot_behind<C>(tile_slot, chunk_of(half, chunk)));
 #pragma unroll
-        for (int k = 0; k < 4; ++k) wgmma_vp<T>(o[i.value], a + k * kTokenStep, b + k * kColumnStep);
+        for (int k = 0; k < 4; ++k) wgmma_vp<T>(o[half][chunk], a + k * kTokenStep, b + k * kColumnStep);
       });
       wgmma_commit();
+      wgmma_wait<0>();
+      for_o(halves, [](float (&x)[rows / 2]) { pin(x); });
     };
-    auto release =
-        [&](RingPlace<C> tile) {  // this warpgroup's half of the columns; pairs with the producer's wait, a round later
-          if (lane < L::half_chunks) mbarrier_arrive(free_at(tile.after(warpgroup * L::half_chunks + lane).slot));
-        };
-
+    // By the maxima of warpgroup `of`'s tile, once they are there. What is relative to the max before is to be multiplied by `factor`.
+    auto raise_max = [&](int of, float (&factor)[columns* 2]) {
+#pragma unroll
+      for (int n = 0; n < columns; ++n) {
+        float all[2] = {kNegInf, kNegInf};
+#pragma unroll
+        for (int i = 0; i < kWarpgroupWarps; ++i) {
+          float x[2];
+          load_shared(x, at.tile_max(of * kWarpgroupWarps + i, n * 8 + pair));
+          all[0] = fmaxf(all[0], x[0]), all[1] = fmaxf(all[1], x[1]);
+        }
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int i = n * 2 + j;
+          const float raised = all[j] > max[i] + kMaxGrowth ? all[j] : max[i];
+          factor[i] = exp2_fast(max[i] - raised);
+          max[i] = raised;
+          sum[i] *= factor[i];
+        }
+      }
+    };
 #pragma unroll 1
-    for (int parity = 0;; parity ^= 1) {  // of the piece
-      mbarrier_wait(q_full, parity);      // pairs with copy_q_of_pieces
+    for (int parity = 0;; parity ^= 1) {   // of the piece
+      mbarrier_wait(at.q_full(), parity);  // pairs with copy_q_of_pieces
       int num_tiles, unmasked_tiles, visible[columns * 2];
       {
         RowBlock block;
-        load_shared_struct(block, block_at(parity));
-        __syncwarp();  // all lanes have read it: one of them will say so, to q_free
+        load_shared_struct(block, at.block(parity));
         num_tiles = warp_uniform(block.num_tiles);
         unmasked_tiles = warp_uniform(block.unmasked_tiles);
 #pragma unroll
@@ -269,33 +251,33 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
               visible_tokens(p, block, i / 2 * 8 + pair + i % 2) - block.first_tile * kTileTokens - warp * 16 - quad;
       }
       if (num_tiles == 0) break;
+      for_o(both_halves, [&](float (&x)[rows / 2]) {
 #pragma unroll
-      for (int chunk = 0; chunk < L::half_chunks; ++chunk)
-#pragma unroll
-        for (int i = 0; i < rows / 2; ++i) o[chunk][i] = 0.f;
+        for (int i = 0; i < rows / 2; ++i) x[i] = 0.f;
+      });
 #pragma unroll
       for (int i = 0; i < columns * 2; ++i) max[i] = kNoMax, sum[i] = 0.f;
 
+      const bool has_tile = first_own < num_tiles, is_single = num_tiles == 1;
+      int last_slot = 0;
+      if (!has_tile) mbarrier_arrive(at.q_free());  // pairs with copy_q_of_pieces
 #pragma unroll 1
-      for (int first = 0; first < num_tiles; first += 2) {
-        const int tile = first + warpgroup;
-        const bool two = first + 1 < num_tiles, has_tile = warpgroup == 0 || two;
-        const RingPlace<C> second = place.after(L::k_chunks);
+      for (int tile = first_own; tile < num_tiles; tile += 2, place.advance(2 * L::k_chunks)) {
+        const bool is_last = tile + 2 >= num_tiles;
+        last_slot = place.slot;
         float tile_max[columns * 2], factor[columns * 2];
-        if (has_tile) {
-          compute_logits(warpgroup == 0 ? place : second);
-          if (L::rope > 0) arrive(free_at((warpgroup == 0 ? place : second).after(L::last_chunk).slot));
+        compute_logits(place);
+        if (L::rope > 0) arrive(at.free(place.after(L::last_chunk).slot));
+        if (is_last) mbarrier_arrive(at.q_free());  // who has read the description itself; pairs with copy_q_of_pieces
 #pragma unroll
-          for (int i = 0; i < rows / 2; ++i) s[i] *= p.scale_log2;
-          if (tile >= unmasked_tiles)
+        for (int i = 0; i < rows / 2; ++i) s[i] *= p.scale_log2;
+        if (tile >= unmasked_tiles)
 #pragma unroll
-            for (int i = 0; i < rows / 2; ++i)
-              if (i / 2 % 2 * 8 >= visible[i / 4 * 2 + i % 2] - tile * kTileTokens) s[i] = kNegInf;
-        }
-        if (first + 2 >= num_tiles) arrive(q_free);  // pairs with copy_q_of_pieces
+          for (int i = 0; i < rows / 2; ++i)
+            if (i / 2 % 2 * 8 >= visible[i / 4 * 2 + i % 2] - tile * kTileTokens) s[i] = kNegInf;
 #pragma unroll
         for (int i = 0; i < columns * 2; ++i) {
-          float x = has_tile ? fmaxf(s[i / 2 * 4 + i % 2], s[i / 2 * 4 + 2 + i % 2]) : kNegInf;
+          float x = fmaxf(s[i / 2 * 4 + i % 2], s[i / 2 * 4 + 2 + i % 2]);
 #pragma unroll
           for (int step = 4; step < 32; step *= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
           tile_max[i] = x;
@@ -303,75 +285,60 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
         if (quad == 0)
 #pragma unroll
           for (int n = 0; n < columns; ++n)
-            store_shared(tile_max_at(warpgroup * kWarpgroupWarps + warp, n * 8 + pair), tile_max[n * 2],
+            store_shared(at.tile_max(warpgroup * kWarpgroupWarps + warp, n * 8 + pair), tile_max[n * 2],
                          tile_max[n * 2 + 1]);
-        named_barrier_sync(kMaxReady, kConsumerThreads);  // with itself
+        named_barrier_sync(kMaxReady + warpgroup, kWarpgroupThreads);  // with itself
+        raise_max(warpgroup, factor);
+        uint32_t packed[rows / 4];  // tokens quad and quad + 8 apart: an 8 x 8 tile of P a register
 #pragma unroll
-        for (int n = 0; n < columns; ++n) {
-          float both[2] = {kNegInf, kNegInf};
-#pragma unroll
-          for (int i = 0; i < kConsumers * kWarpgroupWarps; ++i) {
-            float x[2];
-            load_shared(x, tile_max_at(i, n * 8 + pair));
-            both[0] = fmaxf(both[0], x[0]), both[1] = fmaxf(both[1], x[1]);
-          }
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const int i = n * 2 + j;
-            const float raised = both[j] > max[i] + kMaxGrowth ? both[j] : max[i];
-            factor[i] = exp2_fast(max[i] - raised);
-            max[i] = raised;
-            sum[i] *= factor[i];
-          }
+        for (int i = 0; i < rows / 2; ++i) {
+          s[i] = exp2_fast(s[i] - max[i / 4 * 2 + i % 2]);
+          sum[i / 4 * 2 + i % 2] += s[i];
         }
-        if (has_tile) {
-          uint32_t packed[rows / 4];  // tokens quad and quad + 8 apart: an 8 x 8 tile of P a register
 #pragma unroll
-          for (int i = 0; i < rows / 2; ++i) {
-            s[i] = exp2_fast(s[i] - max[i / 4 * 2 + i % 2]);
-            sum[i / 4 * 2 + i % 2] += s[i];
-          }
+        for (int i = 0; i < rows / 4; ++i) packed[i] = pack2<T>(s[i * 2], s[i * 2 + 1]);
+        const uint32_t to = at.p() + warpgroup * rows * kRowBytes;
 #pragma unroll
-          for (int i = 0; i < rows / 4; ++i) packed[i] = pack2<T>(s[i * 2], s[i * 2 + 1]);
-          const uint32_t to = at(offsetof(Smem<C>, p)) + warpgroup * rows * kRowBytes;
-#pragma unroll
-          for (int n = 0; n < columns;
-               n += 2) {  // 16 query rows and the warp's 16 tokens: lane i addresses row i % 8 of tile i / 8
-            const uint32_t four[4] = {packed[n * 2], packed[n * 2 + 1], packed[n * 2 + 2], packed[n * 2 + 3]};
-            stmatrix_x4_trans(to + swizzled(n * 8 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2), four);
-          }
-          fence_proxy_async();
+        for (int n = 0; n < columns;
+             n += 2) {  // 16 query rows and the warp's 16 tokens: lane i addresses row i % 8 of tile i / 8
+          const uint32_t four[4] = {packed[n * 2], packed[n * 2 + 1], packed[n * 2 + 2], packed[n * 2 + 3]};
+          stmatrix_x4_trans(to + swizzled(n * 8 + lane / 16 * 8 + lane % 8, warp * 2 + lane / 8 % 2), four);
         }
-        named_barrier_sync(kPReady, kConsumerThreads);  // with itself
+        fence_proxy_async();
+        if (is_single) continue;
+        named_barrier_sync(kPReady + warpgroup, kWarpgroupThreads);  // with itself
 
         bool grew = false;
 #pragma unroll
         for (int i = 0; i < columns * 2; ++i) grew |= factor[i] != 1.f;
         if (__any_sync(0xffffffffu, grew))
+          for_o(both_halves, [&](float (&x)[rows / 2]) {
 #pragma unroll
-          for (int chunk = 0; chunk < L::half_chunks; ++chunk)
-#pragma unroll
-            for (int i = 0; i < rows / 2; ++i) o[chunk][i] *= factor[i / 4 * 2 + i % 2];
-#pragma unroll
-        for (int chunk = 0; chunk < L::half_chunks; ++chunk) pin(o[chunk]);
-        issue_values(place, 0);
-        if (two) {
-          issue_values(second, 1);
-          wgmma_wait<1>();
-          release(place);
-        }
-        wgmma_wait<0>();
-#pragma unroll
-        for (int chunk = 0; chunk < L::half_chunks; ++chunk) pin(o[chunk]);
-        release(two ? second : place);
-        place = two ? second.after(L::k_chunks) : second;
+            for (int i = 0; i < rows / 2; ++i) x[i] *= factor[i / 4 * 2 + i % 2];
+          });
+        multiply_values(place.slot, warpgroup, both_halves);
+        // Pairs with the producer's wait, a round later. What is kept of the last tile is the other warpgroup's to release.
+        if (lane < L::v_chunks && (!is_last || lane >= at.exchange_chunks))
+          mbarrier_arrive(at.free(place.after(lane).slot));
       }
+      if (is_single) {                                  // both multiply its values, half of the columns each
+        named_barrier_sync(kResult, kConsumerThreads);  // with itself: P is there
+        float factor[columns * 2];
+        if (!has_tile) {
+          raise_max(warpgroup ^ 1, factor);
+          last_slot = slot_behind<C>(place.slot, C::stages - L::k_chunks);
+        }
+        multiply_values(last_slot, has_tile ? warpgroup : warpgroup ^ 1, own_half);
+        if (lane < L::half_chunks)  // pairs with the producer's wait, a round later
+          mbarrier_arrive(at.free(slot_behind<C>(last_slot, warpgroup * L::half_chunks + lane)));
+      }
+      first_own ^= num_tiles & 1;
 
       // ---- the results: the thread has four rows of O^T ----
 
       static_assert(rows == kFragmentRows);
       RowBlock block;
-      load_shared_struct(block, block_at(parity));
+      load_shared_struct(block, at.block(parity));
       const bool merges = warp_uniform(block.pairs) & kMergesFirst;
       const bool leaves = warp_uniform(block.partial_slot) >= 0 && !merges;
       const int other_slot = block.partial_slot - block.group_size;  // of the group before
@@ -383,31 +350,91 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
       float size[columns * 2] = {};
 #pragma unroll
       for (int i = 0; i < columns * 2; ++i) sum[i] = sum_of_quads(sum[i]);
-      if (leaves)
+      if (leaves) {
+        for_o(both_halves, [&](const float (&x)[rows / 2]) {
 #pragma unroll
-        for (int i = 0; i < columns * 2; ++i) {
+          for (int i = 0; i < columns * 2; ++i)
+            size[i] += fabsf(x[i / 2 * 4 + i % 2]) + fabsf(x[i / 2 * 4 + 2 + i % 2]);
+        });
 #pragma unroll
-          for (int chunk = 0; chunk < L::half_chunks; ++chunk)
-            size[i] += fabsf(o[chunk][i / 2 * 4 + i % 2]) + fabsf(o[chunk][i / 2 * 4 + 2 + i % 2]);
-          size[i] = sum_of_quads(size[i]);
-        }
+        for (int i = 0; i < columns * 2; ++i) size[i] = sum_of_quads(size[i]);
+      }
       if (quad == 0)
 #pragma unroll
-        for (int n = 0; n < columns; ++n)
-          store_shared_quad(row_sums_at(warpgroup * kWarpgroupWarps + warp, n * 8 + pair),
+        for (int n = 0; n < columns; ++n) {
+          store_shared_quad(at.row_sums(parity, warpgroup * kWarpgroupWarps + warp, n * 8 + pair),
                             {sum[n * 2], size[n * 2], sum[n * 2 + 1], size[n * 2 + 1]});
+          if (warp == 0) store_shared(at.row_max(parity, warpgroup, n * 8 + pair), max[n * 2], max[n * 2 + 1]);
+        }
+      if (!is_single) {
+        if (threadIdx.x % kWarpgroupThreads == 0)
+          store_shared(at.last_slot(parity, warpgroup), __int_as_float(last_slot));
+        named_barrier_sync(kMaxReady + warpgroup,
+                           kWarpgroupThreads);  // with itself: no warp multiplies the tile any more
+#pragma unroll
+        for (int chunk = 0; chunk < L::half_chunks; ++chunk)
+#pragma unroll
+          for (int i = 0; i < rows / 8; ++i)
+            store_shared_quad(at.half_of_o(last_slot, chunk, i), {o[1][chunk][i * 4], o[1][chunk][i * 4 + 1],
+                                                                  o[1][chunk][i * 4 + 2], o[1][chunk][i * 4 + 3]});
+      }
       if (merges && threadIdx.x == 0) wait_for_partial(p, rows, C::d_v, other_slot);
       named_barrier_sync(kResult, kConsumerThreads);  // with itself
+      float weight[2][columns * 2];                   // of the own sums and of the other warpgroup's
+#pragma unroll
+      for (int n = 0; n < columns; ++n) {
+        float of_other[2];
+        load_shared(of_other, at.row_max(parity, warpgroup ^ 1, n * 8 + pair));
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const int i = n * 2 + j;
+          const float both = fmaxf(max[i], of_other[j]);
+          weight[0][i] = exp2_fast(max[i] - both), weight[1][i] = exp2_fast(of_other[j] - both);
+          max[i] = both;
+        }
+      }
+      // Not fused, so that the bits do not depend on which warpgroup had which tiles.
+      auto of_both = [](float own, float own_weight, float other, float other_weight) {
+        return __fadd_rn(__fmul_rn(own, own_weight), __fmul_rn(other, other_weight));
+      };
+      if (!is_single) {
+        const int slot = __float_as_int(load_shared(at.last_slot(parity, warpgroup ^ 1)));
+#pragma unroll
+        for (int chunk = 0; chunk < L::half_chunks; ++chunk)
+#pragma unroll
+          for (int i = 0; i < rows / 8; ++i) {
+            float x[4];
+            load_shared(x, at.half_of_o(slot, chunk, i));
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+              const int row = i * 2 + j % 2;
+              o[0][chunk][i * 4 + j] = of_both(o[0][chunk][i * 4 + j], weight[0][row], x[j], weight[1][row]);
+            }
+          }
+        fence_proxy_async();
+        __syncwarp();                   // all lanes have fenced their reads
+        if (lane < at.exchange_chunks)  // pairs with the producer's wait, a round later
+          mbarrier_arrive(at.free(slot_behind<C>(slot, lane)));
+      }
       float scale[columns * 2], other[columns * 2] = {};
 #pragma unroll
       for (int n = 0; n < columns; ++n) {
         float total[4] = {};  // of two rows, as in shared memory
-#pragma unroll 4
-        for (int i = 0; i < kConsumers * kWarpgroupWarps; ++i) {
-          float x[4];
-          load_shared(x, row_sums_at(i, n * 8 + pair));
+        {
+          float of_warpgroup[2][4] = {};
 #pragma unroll
-          for (int j = 0; j < 4; ++j) total[j] += x[j];
+          for (int i = 0; i < kConsumers * kWarpgroupWarps; ++i) {
+            const int from = i / kWarpgroupWarps;  // 0: the own
+            float x[4];
+            load_shared(x,
+                        at.row_sums(parity, (warpgroup ^ from) * kWarpgroupWarps + i % kWarpgroupWarps, n * 8 + pair));
+#pragma unroll
+            for (int j = 0; j < 4; ++j) of_warpgroup[from][j] += x[j];
+          }
+#pragma unroll
+          for (int j = 0; j < 4; ++j)
+            total[j] =
+                of_both(of_warpgroup[0][j], weight[0][n * 2 + j / 2], of_warpgroup[1][j], weight[1][n * 2 + j / 2]);
         }
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
@@ -433,7 +460,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
         }
       }
       static_assert(kChunkFragments == kWarpgroupWarps);
-      store_transposed<T>(p, block, warpgroup * L::half_chunks * kChunkFragments + warp, o, scale, leaves,
+      store_transposed<T>(p, block, warpgroup * L::half_chunks * kChunkFragments + warp, o[0], scale, leaves,
                           merges ? other_slot : -1, other);
       if (warp_uniform(block.pairs) & kLeavesLast) {
         named_barrier_sync(kResult, kConsumerThreads);  // with itself: all of it is stored

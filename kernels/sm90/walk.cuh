@@ -5,6 +5,10 @@
 
 namespace mla::sm90 {
 
+// The CTA: two warpgroups that multiply, and the producer behind them. Of its warps two load KV, the others copy Q.
+constexpr int kWarpgroupThreads = 128, kWarpgroupWarps = 4, kConsumers = 2;
+constexpr int kCopyWarps = 2, kQWarps = 2;
+
 // From the last piece to the first: that may have to be merged with the last one of the group before, which is then long there.
 template <class C>
 class PieceWalk {
@@ -57,7 +61,6 @@ class PieceWalk {
 
 // By kQWarps warps of the producer: Q of each piece to `q_at` once `q_free` says that nobody reads the one before any more, and what
 // the piece is to `block_at`, one place for each parity. A description without rows says that there is no more.
-constexpr int kQWarps = 2;
 template <class C>
 __device__ __forceinline__ void copy_q_of_pieces(const DecodeParams& p, PieceWalk<C>& walk, uint32_t q_at,
                                                  uint32_t block_at, uint32_t q_full, uint32_t q_free) {

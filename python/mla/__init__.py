@@ -1,6 +1,6 @@
 """Multi-head latent attention (MLA) decode for NVIDIA GPUs and the CPU."""
 
-from . import nn
+from . import checkpoint, models, nn, rope
 from .absorb import AbsorbedWeights, absorb
 from .api import decode
 from .append import append
@@ -30,16 +30,19 @@ __all__ = [
     "__version__",
     "absorb",
     "append",
+    "checkpoint",
     "decode",
     "explain",
     "explain_prefill",
     "info",
     "merge_states",
+    "models",
     "nn",
     "plan",
     "plan_prefill",
     "prefill",
     "preload",
+    "rope",
     "use_variant",
     "variants",
 ]

@@ -47,6 +47,8 @@ def absorb(
     Raises TypeError and ValueError for what is no matrix of the shapes above.
     """
     check_weights(dims, w_kv_b=w_kv_b, w_q=w_q, w_o=w_o)
+    if dtype is not None and not is_wide(dtype):
+        raise TypeError(f"dtype: got {dtype}, expected a floating point dtype of 16 bits or more")
     wide = torch.promote_types(w_q.dtype, torch.float32)
     w_uk, w_uv = (w.to(wide) for w in split_kv_b(w_kv_b, dims))
     by_head = w_q.to(wide).reshape(dims.heads, dims.head_dim, -1)
@@ -88,8 +90,15 @@ def absorbed_bytes(heads: int, kv_lora: int, v: int, dtype: torch.dtype) -> int:
     return heads * ((2 * kv_lora + v) * dtype.itemsize + 4)
 
 
+def is_wide(dtype: object) -> bool:
+    """Floating point of 16 bits or more."""
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2
+
+
 def check_weights(dims: Dims, **weights: Tensor) -> None:
     """Of w_kv_b, w_q and w_o, those given."""
+    if not isinstance(dims, Dims):
+        raise TypeError(f"dims: got {type(dims).__name__}, expected mla.models' or a LayerConfig's")
     rows = {
         "w_q": (dims.heads * dims.head_dim, None),
         "w_kv_b": (dims.heads * (dims.nope + dims.v), dims.kv_lora),
@@ -98,7 +107,7 @@ def check_weights(dims: Dims, **weights: Tensor) -> None:
     device = next(iter(weights.values())).device if weights else None
     for name, weight in weights.items():
         check_tensor(name, weight)
-        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        if not is_wide(weight.dtype):
             raise TypeError(f"{name}: got {weight.dtype}, expected a floating point dtype")
         want = rows[name]
         fits = weight.dim() == 2 and all(

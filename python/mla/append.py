@@ -14,6 +14,7 @@ from .inputs import TensorOrPair, parts
 from .rope import rotate
 
 MIN_SM = 80
+_NONE: tuple[int, ...] = (0, 0)  # strides of what there is not
 
 
 def append(
@@ -116,42 +117,54 @@ def _requests_of(rows: NewRows) -> Tensor:
 
 
 def _launch(rows: NewRows) -> None:
-    cache, rope_cache = rows.cache_parts()
-    table, cuts, angles = rows.block_table, rows.cu_seqlens_q, rows.cos_sin
+    latent, rope, cache, rope_cache = rows.latent, rows.rope, rows.cache, rows.rope_cache
+    table, positions = rows.block_table, rows.positions
+    cuts, angles = rows.cu_seqlens_q, rows.cos_sin
+    c, r = latent.shape[-1], 0 if rope is None else rope.shape[-1]
+    if rope is None:
+        to_rope, to_rope_strides = 0, _NONE
+    elif rope_cache is None:  # a slice of it
+        to_rope, to_rope_strides = cache.data_ptr() + c * cache.element_size(), cache.stride()
+    else:
+        to_rope, to_rope_strides = rope_cache.data_ptr(), rope_cache.stride()
 
-    def address(tensor: Tensor | None) -> int:
-        return 0 if tensor is None else tensor.data_ptr()
-
-    def steps(tensor: Tensor | None, ragged: bool = False) -> tuple[int, ...]:
-        """Strides of the first two dimensions; ragged tokens lack the first."""
+    def of_tokens(tensor: Tensor | None) -> tuple[int, ...]:
+        """Strides of requests and tokens; ragged tokens lack the first."""
         if tensor is None:
-            return 0, 0
-        return (0, tensor.stride(0)) if ragged else tensor.stride()[:2]
+            return _NONE
+        return tensor.stride()[:2] if cuts is None else (0, tensor.stride(0))
 
     # Names: src/append.h.
-    new = (rows.latent, rows.rope, rows.positions)
     _mla.launch_append(
-        DTYPES[rows.latent.dtype],
+        DTYPES[latent.dtype],
         [
-            address(tensor)
-            for tensor in (*new[:2], cache, rope_cache, table, rows.positions, cuts, angles)
+            latent.data_ptr(),
+            0 if rope is None else rope.data_ptr(),
+            cache.data_ptr(),
+            to_rope,
+            table.data_ptr(),
+            positions.data_ptr(),
+            0 if cuts is None else cuts.data_ptr(),
+            0 if angles is None else angles.data_ptr(),
         ],
         [
-            *(step for tensor in new for step in steps(tensor, ragged=cuts is not None)),
-            *steps(cache),
-            *steps(rope_cache),
+            *of_tokens(latent),
+            *of_tokens(rope),
+            *of_tokens(positions),
+            *cache.stride()[:2],
+            *to_rope_strides[:2],
             table.stride(0),
             0 if angles is None else angles.stride(0),
         ],
         [
-            rows.positions.numel(),
+            positions.numel(),
             rows.b,
-            rows.positions.shape[1] if cuts is None else 0,
+            positions.shape[1] if cuts is None else 0,
             min(table.shape[1], INT32_MAX),
             *cache.shape[:2],
             0 if angles is None else min(angles.shape[0], INT32_MAX),
-            rows.latent.shape[-1],
-            0 if rows.rope is None else rows.rope.shape[-1],
+            c,
+            r,
         ],
         rows.interleaved,
         launch.ordinal(table.device),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from .checks import (
     wrong,
 )
 from .inputs import check_pages
-from .outputs import overlap, overlaps_itself
+from .known import once_per_layout
+from .outputs import check_apart
 
 COLUMNS = 8  # what widths are multiples of
 # The last two on a CPU only, for checks in more precision than decode has.
@@ -52,6 +54,19 @@ class NewRows:
 
     def check(self) -> None:
         """Everything but the tensors' values."""
+        _check_layouts(*(getattr(self, name) for name in self.__slots__))
+        read = {
+            "latent": self.latent,
+            "rope": self.rope,
+            "block_table": self.block_table,
+            "positions": self.positions,
+            "cu_seqlens_q": self.cu_seqlens_q,
+            "cos_sin": self.cos_sin,
+        }
+        check_apart(self._caches(), {name: t for name, t in read.items() if t is not None})
+
+    def check_layouts(self) -> None:
+        """Of each tensor, and of one against another, but for where they are."""
         self._check_new()
         self._check_caches()
         device = self.latent.device
@@ -64,7 +79,6 @@ class NewRows:
         check_index("block_table", self.block_table, (b, None), device, "[{}, max_pages]")
         if self.cos_sin is not None:
             self._check_angles(self.cos_sin)
-        self._check_apart()
 
     def _check_new(self) -> None:
         latent, ragged = self.latent, self.cu_seqlens_q is not None
@@ -136,24 +150,7 @@ class NewRows:
             raise wrong("rope", f"{r} columns", f"a multiple of {least} where pairs are halves")
         check_strides("cos_sin", cos_sin)
 
-    def _check_apart(self) -> None:
-        """Nothing that is read, nor another row, may lie under what is written."""
-        read = {
-            "latent": self.latent,
-            "rope": self.rope,
-            "block_table": self.block_table,
-            "positions": self.positions,
-            "cu_seqlens_q": self.cu_seqlens_q,
-            "cos_sin": self.cos_sin,
-        }
-        for name, cache in self._caches().items():
-            if not cache.is_contiguous() and overlaps_itself(cache):
-                expected = "elements that do not overlap"
-                raise wrong(name, f"strides {list(cache.stride())} for {shape_of(cache)}", expected)
-            for other, tensor in read.items():
-                if tensor is not None and overlap(cache, tensor):
-                    raise ValueError(
-                        f"{name}: overlaps {other} in memory, expected memory of its own"
-                    )
-        if self.rope_cache is not None and overlap(self.cache, self.rope_cache):
-            raise ValueError("rope cache: overlaps latent cache in memory, expected its own")
+
+@once_per_layout
+def _check_layouts(*of_rows: Any) -> None:
+    NewRows(*of_rows).check_layouts()

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .checks import shape_of, wrong
+
 BLOCK = 128  # rows and columns that share a scale of an 8-bit weight
 _SCALE = "_scale_inv"
 
@@ -23,7 +25,7 @@ def attention_weights(
     8-bit weights as DeepSeek-V3 is published with (float8_e4m3fn, and beside each `weight` a
     `weight_scale_inv`, float32 [rows / 128, columns / 128], rounded up, of blocks) are multiplied
     by their scales in float32. Buffers that old checkpoints have (`rotary_emb.inv_freq`) are left
-    out. Raises KeyError if there is no such layer.
+    out. Raises KeyError if there is no such layer, ValueError for 8-bit weights in other forms.
     """
     prefix = f"model.layers.{layer}.self_attn." if isinstance(layer, int) else layer
     found = {
@@ -38,13 +40,16 @@ def attention_weights(
         if name.endswith(_SCALE):
             continue
         scales = found.get(name + _SCALE)
-        if scales is not None:
-            tensor = _dequantised(tensor, scales).to(dtype or torch.bfloat16)
+        if tensor.dtype.itemsize < 2 or scales is not None:
+            tensor = _dequantised(name, tensor, scales).to(dtype or torch.bfloat16)
         weights[name] = tensor if dtype is None else tensor.to(dtype)
     return weights
 
 
-def _dequantised(weight: Tensor, scales: Tensor) -> Tensor:
-    rows, columns = weight.shape
+def _dequantised(name: str, weight: Tensor, scales: Tensor | None) -> Tensor:
+    blocks = [-(-size // BLOCK) for size in weight.shape]
+    if scales is None or list(scales.shape) != blocks:
+        got = f"{weight.dtype} with " + ("no scales" if scales is None else shape_of(scales))
+        raise wrong(name, got, f"{name}{_SCALE} {blocks}: one for each {BLOCK} x {BLOCK} block")
     by_block = scales.float().repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
-    return weight.float() * by_block[:rows, :columns]
+    return weight.float() * by_block[: weight.shape[0], : weight.shape[1]]

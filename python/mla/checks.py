@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -39,6 +41,17 @@ def check_size(name: str, value: int, least: int) -> int:
     return value
 
 
+def check_scale(scale: object, name: str = "scale") -> float:
+    """Of the logits; a finite number."""
+    if isinstance(scale, Tensor):  # has __float__, which would wait for the device
+        raise TypeError(f"{name}: got a torch.Tensor, expected a number")
+    if not isinstance(scale, Real):
+        raise TypeError(f"{name}: got {scale!r}, expected a number")
+    if not math.isfinite(scale):
+        raise wrong(name, scale, "a finite number")
+    return float(scale)
+
+
 def check_dims(name: str, d_qk: int, d_v: int | None) -> None:
     if d_qk not in D_V:
         known = ", ".join(f"{k} (d_v = {v})" for k, v in D_V.items())
@@ -50,6 +63,8 @@ def check_dims(name: str, d_qk: int, d_v: int | None) -> None:
 def check_tensor(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, expected a torch.Tensor")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: got a tensor of layout {tensor.layout}, expected a dense one")
 
 
 def check_lengths(

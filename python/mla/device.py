@@ -130,14 +130,17 @@ def resolve(device: Device | torch.device | str | int | None) -> Device:
         device = current()
     if isinstance(device, str) and (known := by_name(device)):
         return known
+    names = ", ".join(known.name for known in KNOWN)
+    return facts(as_torch(device, f"a torch device or one of {names}"))
+
+
+def as_torch(device: torch.device | str | int, expected: str = "a torch device") -> torch.device:
+    """With its index. ValueError for a name that torch does not know, or of what is not here."""
     try:
-        device = torch.device(device)
+        found = torch.device(device)
     except RuntimeError:
-        names = ", ".join(known.name for known in KNOWN)
-        raise ValueError(
-            f"device: got {device!r}, expected a torch device or one of {names}"
-        ) from None
-    return facts(indexed(device))
+        raise ValueError(f"device: got {device!r}, expected {expected}") from None
+    return indexed(found)
 
 
 def current() -> torch.device:
@@ -151,4 +154,8 @@ def indexed(device: torch.device) -> torch.device:
     if not torch.cuda.is_available():
         problem = _mla.driver_problem() or "torch sees no GPU"
         raise ValueError(f"device: got {device}, expected one that is here: {problem}")
-    return torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+    found = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+    count = torch.cuda.device_count()
+    if found.index >= count:
+        raise ValueError(f"device: got {found}, expected one that is here: torch sees {count}")
+    return found

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import atexit
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from . import _mla, costs
 from .device import Device
 from .errors import UnsupportedError
-from .estimate import Cut, Estimate, Model, estimate, model
+from .estimate import Estimate, Model, estimate, model
 from .problem import Kind, Problem
 from .variants import VARIANTS, Variant
 
@@ -32,7 +33,11 @@ class Forced(NamedTuple):
         return f"{self.name!r} (forced by {self.by})"
 
 
-Rivals: TypeAlias = tuple[tuple[Variant, Model | None], ...]  # that can run a kind of problem
+class Rivals(NamedTuple):
+    """What may be chosen for a kind of problem, and who chooses where that is more than one."""
+
+    variants: dict[str, Variant]
+    chooser: _mla.Chooser | None
 
 
 class Choice(NamedTuple):
@@ -107,54 +112,24 @@ def choose(problem: Problem, device: Device, request: Forced | None) -> Variant:
     """The variant to run; UnsupportedError, with all reasons, if none or not the forced one can."""
     ranked = _ranked(problem)
     able = _rivals(problem.kind, ranked.kind, device, request)
-    if not able:
+    if not able.variants:
         raise refusal(problem, device, weigh(problem, device, request))
-    return _fastest(able, ranked, device)
+    if able.chooser is None:
+        (only,) = able.variants.values()
+        return only
+    length = -1 if ranked.max_seq_len is None else ranked.max_seq_len
+    sizes = ranked.b, ranked.total_q, ranked.h_q, ranked.max_len, ranked.page_size
+    return able.variants[able.chooser.fastest(*sizes, length)]
 
 
-def chooser(
-    problem: Problem, device: Device, request: Forced | None
-) -> Callable[[int, int, int, int, int], str] | None:
-    """Names what `choose` returns where b, s_q, total_q, max_pages and max_seq_len are others.
+def chooser(problem: Problem, device: Device, request: Forced | None) -> _mla.Chooser | None:
+    """What `choose` goes by where sizes are others; None where it is always the same variant.
 
-    A max_seq_len below 0 stands for None, and others are rounded. None where that is always the
-    same. The problem has a variant.
+    The problem has a variant.
     """
-    able = _rivals(problem.kind, _ranked(problem).kind, device, request)
-    if len(able) == 1 or problem.batch_invariant:
+    if problem.batch_invariant:
         return None
-
-    def name(b: int, s_q: int, total_q: int, max_pages: int, max_seq_len: int) -> str:
-        sizes = problem._replace(
-            b=b,
-            s_q=s_q,
-            total_q=total_q,
-            max_pages=max_pages,
-            max_seq_len=None if max_seq_len < 0 else max_seq_len,
-        )
-        return _fastest(able, sizes, device).name
-
-    return name
-
-
-def _fastest(able: Rivals, problem: Problem, device: Device) -> Variant:
-    best, _ = able[0]
-    if len(able) == 1:
-        return best
-    b, rows, length, workers = problem.b, problem.rows, problem.likely_len, device.sm_count
-    cuts: dict[tuple[int, int], Cut] = {}
-    best_us = float("inf")
-    for variant, found in able:
-        us = 0.0
-        if found:
-            tile = found.block_rows, found.block_n
-            made = cuts.get(tile)
-            if made is None:
-                made = cuts[tile] = _mla.cut(b, rows, length, *tile, workers)
-            us = found.us(made)
-        if us < best_us:
-            best, best_us = variant, us
-    return best
+    return _rivals(problem.kind, problem.kind, device, request).chooser
 
 
 def _ranked(problem: Problem) -> Problem:
@@ -172,11 +147,20 @@ def _rivals(kind: Kind, ranked: Kind, device: Device, request: Forced | None) ->
     for variant in VARIANTS:
         if (request is None or request.admits(variant)) and not variant.unsupported(kind, device):
             able.setdefault(model(variant, ranked, device), variant)
-    return tuple(
-        (variant, found)
+    best = {
+        variant.name: (variant, found)
         for found, variant in able.items()
         if found is None or not any(other and other.beats(found) for other in able)
+    }
+    variants = {name: variant for name, (variant, _) in best.items()}
+    models = [found for _, found in best.values() if found]
+    several = len(variants) > 1
+    return Rivals(
+        variants, _mla.Chooser(list(variants), models, device.sm_count) if several else None
     )
+
+
+atexit.register(_rivals.cache_clear)  # the extension's objects end before the extension
 
 
 def forget() -> None:

@@ -10,14 +10,9 @@ from .device import Device
 from .problem import Kind, Problem
 from .variants import Variant
 
-# Memory and arithmetic overlap, but not where both take about as long: sums of this power.
-OVERLAP_POWER = 6.0
-_ROOT = 1 / OVERLAP_POWER
 # Of a tile's chain of steps, what does not go with its dims, relative to (576, 512). From 16 heads
 # with 99 KB: 0.84 of the floor there, 0.64 with (288, 256).
 FIXED_SHARE, MEASURED_DIMS = 0.3, 576 + 512
-# L2 serves 9.0 to 9.4 TB/s on the H200, and every row block of a group reads all of its KV there.
-L2_PER_BANDWIDTH = 2.0
 EMPTY_LAUNCH_US = 2.7  # of the H200: the least that any call takes
 PAGE_OF_FULL_RATE = 64  # tokens; smaller pages are read more slowly, down to 16
 
@@ -40,20 +35,8 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def overlapped(a: float, b: float) -> float:
-    """The time of two that run side by side: the longer one, and more where they are alike."""
-    least, most = (a, b) if a < b else (b, a)
-    if least == 0:
-        return most
-    return float(most * (1 + (least / most) ** OVERLAP_POWER) ** _ROOT)
-
-
-# Reading from memory and through L2 beside each other, by row blocks in a group.
-_L2_SLOWS = [overlapped(1, n / L2_PER_BANDWIDTH) for n in range(_mla.MAX_GROUP_SIZE + 1)]
-
-
 class Model(NamedTuple):
-    """A variant on one GPU for one kind of problem: microseconds."""
+    """A variant on one GPU for one kind of problem: microseconds. src/model.cpp reckons with it."""
 
     block_rows: int
     block_n: int
@@ -79,23 +62,11 @@ class Model(NamedTuple):
 
     def parts_us(self, cut: Cut) -> tuple[float, float, float]:
         """For memory, for tiles, and for the rest."""
-        group, kv_rows, query_rows, filled, longest, items, long_items, parts, partial_rows, busy = cut
-        item_us = self.row_us * filled + (self.tiles_us if long_items else 0.0)
-        rest_us = self.start_us + self.busy_us * busy + (item_us if query_rows else 0.0)
-        if partial_rows:
-            rest_us += self.split_us + parts * self.part_us + partial_rows * self.merge_us
-            if parts == 1:
-                rest_us += self.pair_us
-        return (
-            kv_rows * self.read_us * _L2_SLOWS[group] + query_rows * self.query_us,
-            longest * (self.tile_row_us if group == 1 else self.shared_row_us)
-            + items * (self.item_us + item_us),
-            rest_us,
-        )
+        return _mla.times(self, cut)
 
     def us(self, cut: Cut) -> float:
         memory_us, compute_us, latency_us = self.parts_us(cut)
-        return latency_us + overlapped(memory_us, compute_us)
+        return latency_us + _mla.overlapped(memory_us, compute_us)
 
 
 def model(variant: Variant, kind: Kind, device: Device) -> Model | None:

@@ -9,16 +9,14 @@ them, and rope columns are written once for each head. Nothing is copied again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from . import fused
-from .chunks import Part, exact_queries
-from .expanded_steps import Step, Steps, is_fused
-from .fused import Ragged, State
-from .merge import merge_states
+from .expanded_steps import Attention, Step, Steps
+from .fused import State
+from .merge import merge_checked
 from .prefill_inputs import NewTokens
 from .slots import copy, gather
 
@@ -27,72 +25,85 @@ def attend(new: NewTokens, steps: Steps, scale: float) -> State:
     """Of all query tokens [tokens, h, v] and [tokens, h]; rows of other requests than those that
     `steps` are of are 0 and -inf, or undefined where `steps` are whole. So are rows of theirs that
     see nothing."""
-    if steps.alone:
-        ((_, (o, lse)),) = _attentions(new, steps.steps[0], steps.kernel, scale)
-        return State(o.contiguous(), lse)
-    out = new.q_nope.new_empty(*new.q_nope.shape[:2], new.v)
+    results = None if steps.together else _empty(new, steps.whole)
+    for step in steps.steps:
+        results = _attend(new, step, results, steps.kernel, scale)
+    assert results is not None
+    return State(results.o.contiguous(), results.lse)
+
+
+def _attend(
+    new: NewTokens, step: Step, results: State | None, kernel: str, scale: float
+) -> State | None:
+    """Of a chunk. Results go to those of all query tokens; the first, where it is of all of them,
+    becomes these."""
+    by_head = _expand(new, step.slots)
+    q, held = None, None
+    for each in step.attentions:
+        if q is None or held != (each.queries, each.rows):
+            q = None  # before there is another
+            q, held = _queries(new, each), (each.queries, each.rows)
+        found = _attention(q, by_head, each, kernel, scale)
+        if results is None:
+            results = found
+            continue
+        out, lse = results if each.queries is None else (x[each.queries] for x in results)
+        if each.first:
+            out[:], lse[:] = found
+        else:
+            merge_checked(out, lse, *found, out, lse)
+    return results
+
+
+def _empty(new: NewTokens, whole: bool) -> State:
+    out = new.q_nope.new_empty(*new.q_nope.shape[:2], new.dims.v)
     lse = out.new_empty(out.shape[:2], dtype=torch.float32)
-    if not steps.whole:
+    if not whole:
         out.zero_()
         lse.fill_(-math.inf)
-    for step in steps.steps:
-        for part, (o, o_lse) in _attentions(new, step, steps.kernel, scale):
-            rows = part.queries
-            if part.begin == 0:
-                out[rows], lse[rows] = o, o_lse
-            else:
-                merge_states(out[rows], lse[rows], o, o_lse, out=out[rows], lse=lse[rows])
     return State(out, lse)
 
 
-def _attentions(
-    new: NewTokens, step: Step, kernel: str, scale: float
-) -> Iterator[tuple[Part, State]]:
-    """Of a chunk, each of its parts, or one for all."""
-    by_head = _expand(new, step.slots)
-    parts = step.chunk.parts
-    if step.chunk.batched and is_fused(by_head.device):
-        queries = slice(parts[0].queries.start, parts[-1].queries.stop)
-        parts = [Part(parts[0].request, queries, slice(0, len(by_head)), 0, parts[0].causal, False)]
-    q, held = None, None
-    for part, ragged in zip(parts, step.ragged, strict=True):
-        if held != (part.queries, part.exact):
-            q = None  # before there is another
-            q, held = _queries(new, part), (part.queries, part.exact)
-        assert q is not None
-        tokens = part.queries.stop - part.queries.start
-        many = exact_queries(tokens) if part.exact and part.causal else 0
-        own = slice(part.keys.start, max(part.keys.stop, part.keys.start + many))
-        o, lse = _attention(q, by_head[own], part, ragged, kernel, scale)
-        yield part, State(o[:tokens], lse[:tokens])
+def _attention(q: Tensor, by_head: Tensor, each: Attention, kernel: str, scale: float) -> State:
+    rows = by_head if each.keys is None else by_head[each.keys]
+    if each.exact:
+        found = fused.cudnn(q, rows, scale, each.causal)
+        if each.rows == each.tokens:
+            return found
+        return State(found.o[: each.tokens], found.lse[: each.tokens])
+    if each.ragged is None:
+        return fused.products(q, rows, scale, each.causal)
+    attention = fused.flash if kernel == fused.FLASH else fused.efficient
+    return attention(q, rows, each.ragged, scale, each.causal)
 
 
-def _attention(
-    q: Tensor, by_head: Tensor, part: Part, ragged: Ragged | None, kernel: str, scale: float
-) -> State:
-    d = q.shape[-1]
-    keys, values = by_head[..., :d], by_head[..., d:]
-    if part.exact:
-        return fused.cudnn(q, keys, values, scale, part.causal)
-    if ragged is None:
-        return fused.products(q, keys, values, scale, part.causal)
-    if kernel == fused.FLASH:
-        return fused.flash(q, by_head, values.shape[-1], ragged, scale, part.causal)
-    return fused.efficient(q, keys, values, ragged, scale, part.causal)
-
-
-def _queries(new: NewTokens, part: Part) -> Tensor:
-    """[n, h, r + nope]; n rounded up for a kernel that is prepared for sizes."""
-    q_nope = new.q_nope[part.queries]
-    tokens = len(q_nope)
-    rows = exact_queries(tokens) if part.exact else tokens
-    if new.q_rope is None and rows == tokens:
-        return q_nope
-    q = q_nope.new_empty(rows, new.heads, new.rope + new.nope)
-    copy(q[:tokens, :, new.rope :], q_nope)
-    if new.q_rope is not None:
-        copy(q[:tokens, :, : new.rope], new.q_rope[part.queries])
+def _queries(new: NewTokens, each: Attention) -> Tensor:
+    """[n, h, r + nope]; n rounded up for a kernel that is prepared for sizes. Of rows that lie like
+    this in memory, a view."""
+    q_nope, q_rope = new.q_nope, new.q_rope
+    if each.queries is not None:
+        q_nope = q_nope[each.queries]
+        q_rope = None if q_rope is None else q_rope[each.queries]
+    if each.rows == each.tokens:
+        if q_rope is None:
+            return q_nope
+        if is_behind(q_nope, q_rope):
+            return q_rope.as_strided((*q_rope.shape[:2], new.dims.head_dim), q_rope.stride())
+    q = q_nope.new_empty(each.rows, new.dims.heads, new.dims.head_dim)
+    r = new.dims.rope
+    copy(q[: each.tokens, :, r:], q_nope)
+    if q_rope is not None:
+        copy(q[: each.tokens, :, :r], q_rope)
     return q
+
+
+def is_behind(q_nope: Tensor, q_rope: Tensor) -> bool:
+    """Whether rows of one tensor begin where those of the other end."""
+    return (
+        q_rope.data_ptr() + q_rope.shape[-1] * q_rope.element_size() == q_nope.data_ptr()
+        and q_rope.stride() == q_nope.stride()
+        and q_rope.untyped_storage().data_ptr() == q_nope.untyped_storage().data_ptr()
+    )
 
 
 def _expand(new: NewTokens, slots: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from .chunks import (
     Limits,
     Part,
     chunks,
+    exact_queries,
     seen_requests,
 )
 from .fused import Ragged
@@ -27,14 +29,26 @@ LEAST_TOKENS = 16  # of query and KV in one step
 UNFUSED_QUERIES = 128  # query tokens of a step whose logits are in memory
 
 
+class Attention(NamedTuple):
+    """Of some query tokens over a part of a chunk, with all that its kernel is told beside tensors;
+    one has all parts of a batched chunk."""
+
+    queries: slice | None  # of the whole query; None: all of it
+    tokens: int
+    rows: int  # tokens, filled up for a kernel that is prepared for sizes
+    keys: slice | None  # of the chunk; None: all of it
+    first: bool  # of its query tokens: their results are stored, those of others merged into them
+    causal: bool
+    exact: bool
+    ragged: Ragged | None
+
+
 @dataclass(frozen=True)
 class Step:
-    """A chunk, where its KV tokens lie, and for each of its attentions what the kernel is told
-    beside tensors; one attention has all parts of a batched chunk."""
+    """A chunk: where its KV tokens lie, and what attends to them."""
 
-    chunk: Chunk
     slots: Tensor
-    ragged: list[Ragged | None]
+    attentions: list[Attention]
 
 
 @dataclass(frozen=True)
@@ -43,7 +57,7 @@ class Steps:
 
     steps: list[Step]
     whole: bool  # each query token of theirs sees something
-    alone: bool  # one attention gives the results of all query tokens of the call
+    together: bool  # the first attention is of all query tokens of the call
     kernel: str  # of attentions that are not exact
     attention: str  # what computes all of it
 
@@ -103,40 +117,59 @@ def prepare(
     pages: how many the cache has, and their size.
     """
     device = block_table.device
+    fuses = is_fused(device)
     cudnn = fused.cudnn_works(device, dtype, dims.head_dim, dims.v)
-    most, exact = cut_limits(limits(dims, dtype, is_fused(device), workspace_bytes), cudnn)
+    most, exact = cut_limits(limits(dims, dtype, fuses, workspace_bytes), cudnn)
     requests = seen_requests(lens, cuts, which, causal)
     made = chunks(requests, most, exact)
     slots = slots_of(made, block_table, pages[1], pages[0]) if made else []
-    steps = [Step(c, s, _ragged(c, device)) for c, s in zip(made, slots, strict=True)]
+    steps = [
+        Step(s, [_attention(parts, c.tokens, tokens, device) for parts in _grouped(c, fuses)])
+        for c, s in zip(made, slots, strict=True)
+    ]
     seen = sum(request.tokens for request in requests)
     kernel = fused.PRODUCTS
-    if is_fused(device):
+    if fuses:
         flash = fused.flash_works(device, dtype, dims.head_dim, dims.v)
         kernel = fused.FLASH if flash else fused.EFFICIENT
     names = [fused.CUDNN if p.exact else kernel for chunk in made for p in chunk.parts]
     return Steps(
         steps,
         seen == sum(max(cuts[i + 1] - cuts[i], 0) for i in which),
-        len(steps) == 1 and len(steps[0].ragged) == 1 and seen == tokens,
+        bool(steps) and steps[0].attentions[0].queries is None,
         kernel,
         " and ".join(dict.fromkeys(names)),
     )
 
 
-def _ragged(chunk: Chunk, device: torch.device) -> list[Ragged | None]:
-    """Of each attention, where the kernel asks for it."""
-    if not is_fused(device):
-        return [None] * len(chunk.parts)
-    if chunk.batched:
-        return [_ragged_of(chunk.parts, device)]
-    return [None if part.exact else _ragged_of([part], device) for part in chunk.parts]
+def _grouped(chunk: Chunk, fuses: bool) -> list[list[Part]]:
+    """Parts that one attention has."""
+    return [chunk.parts] if chunk.batched and fuses else [[part] for part in chunk.parts]
 
 
-def _ragged_of(parts: Sequence[Part], device: torch.device) -> Ragged:
-    queries, keys = zip(*map(_sizes, parts), strict=True)
+def _attention(parts: Sequence[Part], chunk: int, tokens: int, device: torch.device) -> Attention:
+    """Of neighbours in a chunk of so many KV tokens, and of a call of so many query tokens."""
+    first, last = parts[0], parts[-1]
+    begin, end = first.queries.start, last.queries.stop
+    rows = exact_queries(end - begin) if first.exact else end - begin
+    keys = slice(first.keys.start, last.keys.stop)
+    if first.exact and first.causal:
+        keys = slice(keys.start, max(keys.stop, keys.start + rows))
+    elif len(parts) > 1:
+        keys = slice(0, chunk)
+    return Attention(
+        None if end - begin == tokens else slice(begin, end),
+        end - begin,
+        rows,
+        None if (keys.start, keys.stop) == (0, chunk) else keys,
+        first.begin == 0,
+        first.causal,
+        first.exact,
+        None if first.exact or not is_fused(device) else _ragged(parts, device),
+    )
+
+
+def _ragged(parts: Sequence[Part], device: torch.device) -> Ragged:
+    queries = [part.queries.stop - part.queries.start for part in parts]
+    keys = [part.keys.stop - part.keys.start for part in parts]
     return fused.ragged(queries, keys, device)
-
-
-def _sizes(part: Part) -> tuple[int, int]:
-    return part.queries.stop - part.queries.start, part.keys.stop - part.keys.start

@@ -11,10 +11,11 @@ from . import costs
 from . import workspace as workspaces
 from .checks import check_size
 from .device import Device, facts, resolve
-from .dispatch import Choice, forced, refusal, weigh
+from .dispatch import Choice, Forced, forced, refusal, weigh
 from .errors import UnsupportedError
 from .estimate import Estimate, ceil_div, floor_us
 from .inputs import Inputs, TensorOrPair
+from .plan import Plan, given
 from .problem import Problem
 from .variants import Variant
 
@@ -128,8 +129,8 @@ def _parts(estimate: Estimate) -> str:
     )
 
 
-def of_problem(problem: Problem, device: Device, variant: str | None) -> Explanation:
-    return Explanation(problem, device, weigh(problem, device, forced(variant)))
+def of_problem(problem: Problem, device: Device, request: Forced | None) -> Explanation:
+    return Explanation(problem, device, weigh(problem, device, request))
 
 
 def explain(
@@ -151,16 +152,20 @@ def explain(
     dtype: torch.dtype = torch.bfloat16,
     page_size: int = 64,
     device: Device | torch.device | str | int | None = None,
+    plan: Plan | None = None,
     scale: float | None = None,
     causal: bool = True,
     return_lse: bool = False,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> Explanation:
     """Which variant runs a call, why, what each other lacks, and the predicted time.
 
     Give either the tensors of a `decode` call or sizes: b, s_q, h_q, kv_len (tokens that the block
     table reaches), d_qk, dtype, page_size and `device`, which may be a torch device, the name of a
-    known GPU such as "RTX 3090", or a `Device`. `scale`, `causal` and `return_lse` decide nothing;
-    they are there so that a call of `decode` can be asked about as it is.
+    known GPU such as "RTX 3090", or a `Device`. A `plan` goes with tensors. What follows it decides
+    nothing, and is there so that a call of `decode` can be asked about as it is.
 
     TypeError and ValueError as `decode`; what `decode` would refuse with UnsupportedError is in the
     report.
@@ -168,8 +173,12 @@ def explain(
     if q is not None and kv_cache is not None and block_table is not None and seq_lens is not None:
         inputs = Inputs.of(q, kv_cache, block_table, seq_lens, cu_seqlens_q)
         problem = Problem.from_tensors(inputs, d_v, batch_invariant, max_seq_len)
-        return of_problem(problem, facts(inputs.q.device), variant)
-    if not q is kv_cache is block_table is seq_lens is None:
+        request = forced(variant)
+        if plan is not None:
+            given(plan).check_fits(problem, inputs.q.device, request)
+            request = Forced(plan.variant.name, "its plan")
+        return of_problem(problem, facts(inputs.q.device), request)
+    if plan is not None or not q is kv_cache is block_table is seq_lens is None:
         raise TypeError(
             "explain: got some of q, kv_cache, block_table, seq_lens, expected all of them or none"
         )
@@ -185,4 +194,4 @@ def explain(
         batch_invariant=batch_invariant,
         max_seq_len=max_seq_len,
     )
-    return of_problem(problem, resolve(device), variant)
+    return of_problem(problem, resolve(device), forced(variant))

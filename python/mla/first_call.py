@@ -6,19 +6,16 @@ calls of the same layouts and options then use without coming here (src/prepared
 
 from __future__ import annotations
 
-import math
-from numbers import Real
-
 from torch import Tensor
 
 from . import _mla, cpu, launch, log, outputs, validate
 from . import workspace as workspaces
-from .checks import DTYPES, wrong
+from .checks import DTYPES, check_scale
 from .device import Device, facts
 from .dispatch import choose, chooser, forced
 from .explain import of_problem
 from .inputs import Inputs, TensorOrPair
-from .plan import Plan
+from .plan import Plan, given
 from .problem import Problem
 from .variants import Variant
 
@@ -44,16 +41,14 @@ def decode(
     """`mla.decode`, but for the calls that are prepared."""
     inputs = Inputs.of(q, kv_cache, block_table, seq_lens, cu_seqlens_q)
     problem = Problem.from_tensors(inputs, d_v, batch_invariant, max_seq_len)
-    scale = _number(scale)
+    scale = check_scale(scale)
     target = inputs.q.device
     device = facts(target)
     request = forced(variant)
     if plan is None:
         chosen = choose(problem, device, request)
     else:
-        if not isinstance(plan, Plan):
-            raise TypeError(f"plan: got {type(plan).__name__}, expected an mla.Plan")
-        plan.check_fits(problem, target, request)
+        given(plan).check_fits(problem, target, request)
         chosen = plan.variant
     planned_len = problem.max_len if plan is None else plan.max_len
     if workspace is not None:
@@ -102,16 +97,6 @@ def decode(
     return result
 
 
-def _number(scale: object) -> float:
-    if isinstance(scale, Tensor):  # has __float__, which would wait for the device
-        raise TypeError("scale: got a torch.Tensor, expected a number")
-    if not isinstance(scale, Real):
-        raise TypeError(f"scale: got {scale!r}, expected a number")
-    if not math.isfinite(scale):
-        raise wrong("scale", scale, "a finite number")
-    return float(scale)
-
-
 def _log_choice(problem: Problem, device: Device, chosen: Variant, variant: str | None) -> None:
     kind = (
         problem.h_q,
@@ -126,7 +111,7 @@ def _log_choice(problem: Problem, device: Device, chosen: Variant, variant: str 
 
 
 def _choice_line(problem: Problem, device: Device, chosen: Variant, variant: str | None) -> str:
-    explanation = of_problem(problem, device, variant)
+    explanation = of_problem(problem, device, forced(variant))
     what = (
         explanation.headline() if explanation.variant == chosen else f"{chosen.name} (by its plan)"
     )

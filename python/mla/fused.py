@@ -32,16 +32,19 @@ class State(NamedTuple):
     lse: Tensor  # float32 [n, h], natural
 
 
-def cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> State:
-    """q [n, h, d], k [m, h, d], v [m, h, v]; causal: query i sees keys up to i.
+def cudnn(q: Tensor, rows: Tensor, scale: float, causal: bool) -> State:
+    """q [n, h, d], rows [m, h, d + v]: key and value side by side; causal: query i sees keys up to
+    i.
 
     cuDNN prepares for each combination of sizes and strides once in a thread, which takes the time
     of hundreds of calls.
     """
+    n, h, d = q.shape
+    k, v = rows.transpose(0, 1).unsqueeze(0).split_with_sizes((d, rows.shape[2] - d), -1)
     o, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        *(x.transpose(0, 1)[None] for x in (q, k, v)), None, True, 0.0, causal, False, scale=scale
+        q.transpose(0, 1).unsqueeze(0), k, v, None, True, 0.0, causal, False, scale=scale
     )[:2]
-    return State(o[0].transpose(0, 1), lse.view(q.shape[1], q.shape[0]).T)
+    return State(o.squeeze(0).transpose(0, 1), lse.view(h, n).T)
 
 
 class Ragged(NamedTuple):
@@ -67,13 +70,13 @@ def ragged(queries: Sequence[int], keys: Sequence[int], device: torch.device) ->
     return Ragged(cuts_q, cuts_k, most_q, max(keys), rows)
 
 
-def flash(q: Tensor, rows: Tensor, d_v: int, ragged: Ragged, scale: float, causal: bool) -> State:
-    """As efficient; rows [m, h, d + v]: key and value side by side.
+def flash(q: Tensor, rows: Tensor, ragged: Ragged, scale: float, causal: bool) -> State:
+    """As efficient.
 
     The kernel wants values as wide as keys, so it is given the end of the key with them: the first
     columns of what it returns mean nothing.
     """
-    d = q.shape[-1]
+    d, d_v = q.shape[-1], rows.shape[-1] - q.shape[-1]
     o, lse = torch.ops.aten._flash_attention_forward(
         q, rows[..., :d], rows[..., d_v:], ragged.cuts_q, ragged.cuts_k, ragged.most_q,
         ragged.most_k, 0.0, causal, False, scale=scale,
@@ -81,26 +84,28 @@ def flash(q: Tensor, rows: Tensor, d_v: int, ragged: Ragged, scale: float, causa
     return State(o[..., d - d_v :], lse.T)
 
 
-def efficient(q: Tensor, k: Tensor, v: Tensor, ragged: Ragged, scale: float, causal: bool) -> State:
+def efficient(q: Tensor, rows: Tensor, ragged: Ragged, scale: float, causal: bool) -> State:
     """As cudnn, for several requests; causal: the last query of a request sees all its keys, each
     one before it one fewer."""
+    d = q.shape[-1]
     o, lse = torch.ops.aten._efficient_attention_forward(
-        q[None], k[None], v[None], None, ragged.cuts_q, ragged.cuts_k, ragged.most_q,
-        ragged.most_k, 0.0, 2 if causal else 0, True, scale=scale,
+        q[None], rows[None, ..., :d], rows[None, ..., d:], None, ragged.cuts_q, ragged.cuts_k,
+        ragged.most_q, ragged.most_k, 0.0, 2 if causal else 0, True, scale=scale,
     )[:2]  # fmt: skip
     if ragged.rows is None:
         return State(o[0], lse[0, :, : len(q)].T)
     return State(o[0], lse.transpose(1, 2).flatten(0, 1).index_select(0, ragged.rows))
 
 
-def products(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> State:
+def products(q: Tensor, rows: Tensor, scale: float, causal: bool) -> State:
     """Two products and a softmax in float32; causal: as efficient, of one request."""
-    logits = (q.float().transpose(0, 1) * scale) @ k.float().permute(1, 2, 0)
+    k, v = rows.float().split_with_sizes((q.shape[-1], rows.shape[-1] - q.shape[-1]), -1)
+    logits = (q.float().transpose(0, 1) * scale) @ k.permute(1, 2, 0)
     if causal:
         seen = torch.ones(logits.shape[1:], dtype=torch.bool, device=logits.device)
         logits.masked_fill_(~seen.tril(len(k) - len(q)), -math.inf)
     lse = logits.logsumexp(-1)
-    o = (logits - lse[..., None]).exp_() @ v.float().transpose(0, 1)
+    o = (logits - lse[..., None]).exp_() @ v.transpose(0, 1)
     return State(o.transpose(0, 1).to(q.dtype), lse.transpose(0, 1))
 
 
@@ -118,8 +123,7 @@ def cudnn_works(device: torch.device, dtype: torch.dtype, d_qk: int, d_v: int) -
     if op is None or "compute_log_sumexp" not in str(op.default._schema):  # before torch 2.5
         return False
     trial = _Trial.make(device, dtype, d_qk, d_v, keys=_TRIED)
-    k, v = trial.rows[..., :d_qk], trial.rows[..., d_qk:]
-    return trial.passed(lambda causal: cudnn(trial.q, k, v, trial.scale, causal))
+    return trial.passed(lambda causal: cudnn(trial.q, trial.rows, trial.scale, causal))
 
 
 @lru_cache(maxsize=64)
@@ -129,7 +133,7 @@ def flash_works(device: torch.device, dtype: torch.dtype, d_qk: int, d_v: int) -
         return False
     trial = _Trial.make(device, dtype, d_qk, d_v, keys=2 * _TRIED)
     one = ragged([_TRIED], [2 * _TRIED], device)
-    return trial.passed(lambda causal: flash(trial.q, trial.rows, d_v, one, trial.scale, causal))
+    return trial.passed(lambda causal: flash(trial.q, trial.rows, one, trial.scale, causal))
 
 
 class _Trial(NamedTuple):
@@ -150,9 +154,8 @@ class _Trial(NamedTuple):
 
     def passed(self, attention: Callable[[bool], State]) -> bool:
         """Causal or not."""
-        d = self.q.shape[-1]
         for causal in (True, False):
-            want = products(self.q, self.rows[..., :d], self.rows[..., d:], self.scale, causal)
+            want = products(self.q, self.rows, self.scale, causal)
             try:
                 got = attention(causal)
             except (RuntimeError, AttributeError, TypeError):

@@ -27,8 +27,7 @@ _DEPARTURES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Dims:
-    """Of one MLA layer. `h` is the number of query heads; heads on one GPU under tensor
-    parallelism are `heads` divided by its degree."""
+    """Of one MLA layer. Under tensor parallelism `heads` are those of one GPU."""
 
     heads: int
     kv_lora: int  # c: latent columns of a cache row
@@ -102,7 +101,7 @@ class LayerConfig(Dims):
 
         Raises UnsupportedError for models whose attention is not this layer (another `model_type`,
         or `index_topk`: sparse), and for kinds of RoPE other than default, YaRN and longrope within
-        the original context; ValueError if a size is missing.
+        the original context; ValueError if a number is missing.
         """
         values = _Values(config)
         kind = values.get("model_type")
@@ -152,10 +151,15 @@ class _Values:
         return value
 
 
-def _rope_settings(values: _Values) -> Mapping[str, Any]:
+def _given(name: str, value: Any) -> Any:
+    if not value:
+        raise ValueError(f"{name}: got {value!r} in the configuration, expected a value")
+    return value
+
+
+def _rope_settings(values: _Values) -> Any:
     """transformers 5 calls them rope_parameters, before that (and in config.json) rope_scaling."""
-    settings: Mapping[str, Any] = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    return settings
+    return values.get("rope_parameters") or values.get("rope_scaling") or {}
 
 
 def _rotary(values: _Values, rope: Mapping[str, Any], departs: Mapping[str, Any]) -> Rotary:
@@ -164,8 +168,9 @@ def _rotary(values: _Values, rope: Mapping[str, Any], departs: Mapping[str, Any]
     original = rope.get("original_max_position_embeddings") or positions
     yarn, stretch = None, None
     if kind == "yarn":
+        original = _given("original_max_position_embeddings", original)
         yarn = Yarn(
-            factor=rope.get("factor") or positions / original,
+            factor=rope.get("factor") or _given("max_position_embeddings", positions) / original,
             original_positions=original,
             beta_fast=rope.get("beta_fast") or 32.0,
             beta_slow=rope.get("beta_slow") or 1.0,
@@ -174,13 +179,15 @@ def _rotary(values: _Values, rope: Mapping[str, Any], departs: Mapping[str, Any]
             truncate=rope.get("truncate", True),
         )
     elif kind == "longrope":
-        if positions > original and rope["short_factor"] != rope["long_factor"]:
+        short = _given("short_factor", rope.get("short_factor"))
+        reach = _given("max_position_embeddings", positions)
+        if reach > original and short != rope.get("long_factor"):
             raise UnsupportedError(
                 f"rope: longrope with {positions} positions of originally {original}: its factors "
                 "would depend on the length of the text",
                 {},
             )
-        stretch = tuple(rope["short_factor"])
+        stretch = tuple(short)
     elif kind != "default":
         raise UnsupportedError(f"rope: got {kind!r}, expected default, yarn or longrope", {})
     interleaved = values.get("rope_interleave")

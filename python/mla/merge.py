@@ -57,16 +57,23 @@ def merge_states(
         lse = torch.empty(lse_a.shape, dtype=torch.float32, device=o_a.device)
 
     device = facts(o_a.device)
-    if device.type == "cpu":
-        _merge_on_cpu(o_a, lse_a, o_b, lse_b, out, lse)
-        return out, lse
-    if device.type != "cuda" or 0 < device.sm < MIN_SM:
+    if device.type not in ("cpu", "cuda") or 0 < device.sm < MIN_SM:
         raise UnsupportedError(
             f"merge_states: got tensors on {device}, expected a CPU or a GPU of compute capability "
             f"{MIN_SM / 10} or later",
             {},
         )
-    if lse.numel():
+    merge_checked(o_a, lse_a, o_b, lse_b, out, lse)
+    return out, lse
+
+
+def merge_checked(
+    o_a: Tensor, lse_a: Tensor, o_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor
+) -> None:
+    """`merge_states` without its checks."""
+    if facts(o_a.device).type == "cpu":
+        _merge_on_cpu(o_a, lse_a, o_b, lse_b, out, lse)
+    elif lse.numel():
         tensors = (o_a, o_b, out, lse_a, lse_b, lse)
         sizes, strides = _fold(lse.shape, [t.stride()[: lse.dim()] for t in tensors])
         addresses = [t.data_ptr() for t in tensors]
@@ -79,7 +86,6 @@ def merge_states(
             o_a.device.index,
             launch.stream_of(o_a.device),
         )
-    return out, lse
 
 
 def _check_inputs(inputs: dict[str, Tensor]) -> None:

@@ -7,13 +7,13 @@ from torch import Tensor
 from .absorb import absorbed_bytes
 from .api import decode
 from .append import append
-from .checks import wrong
+from .checks import check_lengths, check_size, check_tensor, shape_of, wrong
 from .inputs import TensorOrPair, parts
 from .plan import Plan
 from .prefill import prefill
-from .prefill_choice import WORKSPACE_BYTES, Sizes, absorbed_at_once
-from .prefill_estimate import Method
+from .prefill_choice import WORKSPACE_BYTES, Sizes, absorbed_at_once, check_method
 from .prefill_plan import PrefillPlan
+from .prefill_times import Method
 from .projections import Projections, linear
 
 __all__ = ["MultiHeadLatentAttention"]
@@ -59,6 +59,8 @@ class MultiHeadLatentAttention(Projections):
         Returns [b, s, hidden] or [tokens, hidden]. Raises what `append`, `decode` and `prefill` do.
         """
         c = self.config
+        self._check_step(hidden, seq_lens, cu_seqlens_q)
+        _check_options(method, plan, workspace_bytes, variant)
         latent, k_rope = self.latents(hidden)
         append(
             latent,
@@ -73,8 +75,6 @@ class MultiHeadLatentAttention(Projections):
         where = (kv_cache, block_table, seq_lens)
         tokens, layers_plan = positions.numel(), plan if isinstance(plan, PrefillPlan) else None
         decode_plan = plan if isinstance(plan, Plan) else None
-        if layers_plan is not None and (method or variant):
-            raise wrong("plan", "a plan of mla.plan_prefill", "None with a method or a variant")
         if decode_plan is not None or variant is not None:
             method = method or "absorbed"
         elif layers_plan is not None:
@@ -98,8 +98,6 @@ class MultiHeadLatentAttention(Projections):
                 variant=variant,
             )
             return self.project_latents(o_latent)
-        if decode_plan is not None:
-            raise ValueError(f"plan: got a plan, expected None with method {method!r}")
         q_nope, q_rope = self.queries(hidden, positions)
         attended = prefill(
             q_nope if q_rope is None else (q_nope, q_rope),
@@ -113,3 +111,41 @@ class MultiHeadLatentAttention(Projections):
             variant=variant,
         )
         return linear(self.o_proj, attended.out.flatten(-2))
+
+    def _check_step(self, hidden: Tensor, seq_lens: Tensor, cu_seqlens_q: Tensor | None) -> None:
+        """What would be found too late: behind the first launch, or by torch."""
+        check_tensor("hidden", hidden)
+        weight, ragged = self.o_proj.weight, cu_seqlens_q is not None
+        if hidden.dtype != weight.dtype:
+            raise TypeError(f"hidden: got {hidden.dtype}, expected {weight.dtype} as the layer has")
+        if hidden.device != weight.device:
+            raise wrong("hidden", f"device {hidden.device}", f"{weight.device} as the layer")
+        columns = self.config.hidden
+        if hidden.dim() != (2 if ragged else 3) or hidden.shape[-1] != columns:
+            layout = f"[tokens, {columns}] with cu_seqlens_q" if ragged else f"[b, s, {columns}]"
+            raise wrong("hidden", shape_of(hidden), layout)
+        check_lengths(seq_lens, cu_seqlens_q, None if ragged else hidden.shape[0], hidden.device)
+
+
+def _check_options(
+    method: Method | None,
+    plan: Plan | PrefillPlan | None,
+    workspace_bytes: int,
+    variant: str | None,
+) -> None:
+    """Each of them, and those that exclude one another."""
+    check_method(method)
+    check_size("workspace_bytes", workspace_bytes, 1)
+    if method == "expanded" and variant is not None:
+        raise wrong("variant", repr(variant), "None with method 'expanded'")
+    if plan is None:
+        return
+    if isinstance(plan, PrefillPlan):
+        if method or variant:
+            raise wrong("plan", "a plan of mla.plan_prefill", "None with a method or a variant")
+    elif not isinstance(plan, Plan):
+        raise TypeError(
+            f"plan: got {type(plan).__name__}, expected an mla.Plan or an mla.PrefillPlan"
+        )
+    elif method == "expanded":
+        raise wrong("plan", "a plan of mla.plan", "None with method 'expanded'")

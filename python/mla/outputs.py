@@ -41,7 +41,7 @@ def check(
         name: t for name, t in (("out", out), ("lse", lse), ("workspace", scratch)) if t is not None
     }
     if written:
-        _check_apart(written, inputs.queries() | inputs.caches() | inputs.indices())
+        check_apart(written, inputs.queries() | inputs.caches() | inputs.indices())
 
 
 def complete(
@@ -76,7 +76,8 @@ def _check(
     check_no_grad(name, tensor)
 
 
-def _check_apart(written: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> None:
+def check_apart(written: Mapping[str, Tensor], read: Mapping[str, Tensor]) -> None:
+    """ValueError unless all that is written lies apart from itself and from all others."""
     seen = [(name, tensor, *_mla.address_range(tensor)) for name, tensor in read.items()]
     for name, tensor in written.items():
         if not tensor.is_contiguous() and overlaps_itself(tensor):
@@ -106,7 +107,7 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 def overlap(a: Tensor, b: Tensor) -> bool:
     """Whether the two may share a byte."""
-    if a.numel() == 0 or b.numel() == 0:
+    if a.numel() == 0 or b.numel() == 0 or a.is_meta or b.is_meta:
         return False
     a_start, b_start = a.data_ptr(), b.data_ptr()
     a_steps, b_steps = _steps(a), _steps(b)

@@ -92,6 +92,13 @@ class Plan:
         return f"Plan({self.problem}; {self.variant.name} on {self.device})"
 
 
+def given(plan: object) -> Plan:
+    """TypeError if it is none."""
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan: got {type(plan).__name__}, expected an mla.Plan")
+    return plan
+
+
 def plan(
     seq_lens: Tensor,
     *,

@@ -11,12 +11,12 @@ from torch import Tensor
 from . import expanded, log
 from .absorb import absorb_query, absorbed_bytes, expand_output
 from .api import decode
-from .checks import check_size, wrong
+from .checks import check_scale, check_size, wrong
 from .inputs import TensorOrPair
 from .prefill_choice import WORKSPACE_BYTES, Sizes, absorbed_at_once, check_method
-from .prefill_estimate import Method
 from .prefill_inputs import NewTokens
 from .prefill_plan import Absorbed, PrefillPlan, make_plan
+from .prefill_times import Method
 
 _DECODE = "mla.decode"
 LEAST_TOKENS = 16  # of an absorbed step
@@ -72,6 +72,7 @@ def prefill(
     Raises TypeError and ValueError for arguments that do not fit, and what `decode` raises.
     """
     new = NewTokens.of(q, kv_cache, block_table, seq_lens, cu_seqlens_q, w_kv_b)
+    scale = check_scale(scale)
     workspace_bytes = check_size("workspace_bytes", workspace_bytes, 1)
     check_method(method)
     if method == "expanded" and variant is not None:
@@ -82,15 +83,15 @@ def prefill(
     if plan is not None:
         if method is not None:
             raise wrong("plan", "a plan", "None with a method or a variant")
+        if not isinstance(plan, PrefillPlan):
+            raise TypeError(f"plan: got {type(plan).__name__}, expected an mla.PrefillPlan")
         plan.check_fits(sizes)
     most = new.shape[1] if cu_seqlens_q is None else sizes.tokens
     if plan is None and (method or not absorbed_at_once(sizes, most)) and method != "absorbed":
-        plan = make_plan(
-            sizes, block_table, seq_lens, seq_lens.tolist(), new.cu_seqlens_q.tolist(), method
-        )
+        plan = make_plan(sizes, block_table, seq_lens, seq_lens.tolist(), new.cut_list(), method)
     step = Step(scale, causal, workspace_bytes, variant)
     if plan is None or plan.steps is None:
-        out = new.q_nope.new_empty(sizes.tokens, new.heads, new.v)
+        out = new.q_nope.new_empty(sizes.tokens, new.dims.heads, new.dims.v)
         lse = torch.empty(out.shape[:2], dtype=torch.float32, device=out.device)
         _absorbed(new, out, lse, step)
         ran = Ran("absorbed", _DECODE)
@@ -103,7 +104,7 @@ def prefill(
     if log.dispatch_wanted():
         tokens = f"{sizes.tokens} new tokens of {sizes.b} requests"
         log.once(("prefill", ran), lambda: f"prefill, {tokens}: {ran.method} by {ran.attention}")
-    return Prefill(out.view(*new.shape, new.v), lse.view(new.shape), *ran)
+    return Prefill(out.view(*new.shape, new.dims.v), lse.view(new.shape), *ran)
 
 
 class Step(NamedTuple):
@@ -131,7 +132,7 @@ def _absorbed_among(
         q_rope=None if new.q_rope is None else new.q_rope[rows],
         block_table=absorbed.block_table,
         seq_lens=absorbed.seq_lens,
-        cu_seqlens_q=absorbed.cu_seqlens_q,
+        cuts=absorbed.cu_seqlens_q,
     )
     if isinstance(rows, slice):
         _absorbed(some, out[rows], lse[rows], step)
@@ -145,38 +146,43 @@ def _absorbed_among(
 def _absorbed(new: NewTokens, out: Tensor, lse: Tensor, options: Step) -> None:
     """Steps of query tokens, of all requests in order. A request's last token of a step sees as
     much less than its last one as there are tokens behind the step."""
-    per_token = absorbed_bytes(new.heads, new.kv_lora, new.v, new.q_nope.dtype)
+    d = new.dims
+    per_token = absorbed_bytes(d.heads, d.kv_lora, d.v, new.q_nope.dtype)
     step, causal = options.workspace_bytes // per_token, options.causal
     if step < LEAST_TOKENS:
         least = LEAST_TOKENS * per_token
         raise wrong("workspace_bytes", options.workspace_bytes, f"at least {least}")
-    cuts, lens = new.cu_seqlens_q, new.seq_lens
+    if len(out) <= step:
+        _absorbed_step(new, slice(None), new.cuts, new.seq_lens, out, lse, options)
+        return
+    all_cuts = new.cu_seqlens_q()
     for begin in range(0, len(out), step):
         end = min(begin + step, len(out))
+        lens = new.seq_lens
         if causal and end < len(out):
-            lens = new.seq_lens - (new.cu_seqlens_q[1:] - end).clamp(min=0)
-        elif causal:
-            lens = new.seq_lens
-        if end - begin < len(out):
-            cuts = new.cu_seqlens_q.clamp(begin, end) - begin
-        rows = slice(begin, end)
+            lens = lens - (all_cuts[1:] - end).clamp(min=0)
+        rows, cuts = slice(begin, end), all_cuts.clamp(begin, end) - begin
         _absorbed_step(new, rows, cuts, lens, out[rows], lse[rows], options)
 
 
 def _absorbed_step(
     new: NewTokens,
     rows: slice,
-    cuts: Tensor,
+    cuts: Tensor | None,
     lens: Tensor,
     out: Tensor,
     lse: Tensor,
     options: Step,
 ) -> None:
-    """Of query tokens `rows`, which requests have by `cuts`."""
+    """Of query tokens `rows`, which requests have by `cuts`; None: of all, as many each."""
     w_uk, w_uv = new.weights()
-    q_latent = absorb_query(new.q_nope[rows], w_uk)
+    q_latent, q_rope = absorb_query(new.q_nope[rows], w_uk), new.q_rope
+    q_rope = None if q_rope is None else q_rope[rows]
+    if cuts is None:
+        lse, q_latent = lse.view(new.shape), q_latent.view(*new.shape, new.dims.kv_lora)
+        q_rope = None if q_rope is None else q_rope.view(*new.shape, new.dims.rope)
     o_latent = decode(
-        q_latent if new.q_rope is None else (q_latent, new.q_rope[rows]),
+        q_latent if q_rope is None else (q_latent, q_rope),
         new.kv_cache,
         new.block_table,
         lens,

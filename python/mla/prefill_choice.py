@@ -10,10 +10,10 @@ from . import fused, launch, prefill_costs
 from .checks import D_V, DTYPES, wrong
 from .device import facts
 from .layer_config import Dims
-from .prefill_estimate import Method, PrefillEstimate, Request, estimate
+from .prefill_estimate import Request, estimate
 from .prefill_inputs import NewTokens
+from .prefill_times import METHODS, Method, PrefillEstimate
 
-METHODS: tuple[Method, ...] = ("absorbed", "expanded")
 WORKSPACE_BYTES = 512 << 20
 _DIGITS = 5  # of sizes in binary, rounded up: predictions are kept
 
@@ -70,13 +70,13 @@ def check_method(method: str | None) -> None:
         raise wrong("method", repr(method), "'absorbed', 'expanded' or None")
 
 
-def cheaper_of(sizes: Sizes, new: int, length: int) -> Method:
-    """Of a request, as if all of the call were like it."""
+def cheaper_of(sizes: Sizes, new: int, length: int, captured: bool) -> Method:
+    """Of a request, as if all of the call were like it, in a CUDA graph or without."""
     if not sizes.decodes:
         return "expanded"
     if sizes.device.type != "cuda":
         return by_multiplications(sizes.dims, new)
-    return _estimate(sizes, sizes.b, new, length).method
+    return _estimate(sizes, sizes.b, new, length).method(captured)
 
 
 def _estimate(sizes: Sizes, b: int, new: int, length: int) -> PrefillEstimate:
@@ -107,6 +107,6 @@ def absorbed_at_once(sizes: Sizes, most: int) -> bool:
     planning_us = prefill_costs.of(facts(sizes.device)).costs.planning_us
     for length in {most, max(sizes.reach, most)}:
         found = _estimate(sizes, b, most, length)
-        if found.absorbed_us is None or (found.absorbed_us - found.expanded_us) * b > planning_us:
+        if found.gain_us(captured=False) * b > planning_us:
             return False
     return True

@@ -16,11 +16,11 @@ from .costs import MMA_PER_WGMMA, WGMMA_GPUS
 from .costs_file import four_digits
 from .device import Device, by_name
 
-FORMAT = 1
+FORMAT = 2
 
 
 class PrefillCosts(NamedTuple):
-    """Of one GPU. Rates are those of all its SMs."""
+    """Of one GPU and its host. Rates are those of all its SMs."""
 
     absorbed_us: float  # of a step without work: launches before and behind `decode`
     decode_factor: float  # of what is predicted for `decode`, whose constants know few query tokens
@@ -31,7 +31,12 @@ class PrefillCosts(NamedTuple):
     memory_gbs: float
     cudnn_tflops: float
     flash_tflops: float
-    planning_us: float  # lengths read and a plan made on the host, while the GPU waits
+    # Of the host, where no graph is captured.
+    absorbed_host_us: float  # a step
+    expanded_host_us: float  # a call, and beside that:
+    chunk_host_us: float
+    attention_host_us: float
+    planning_us: float  # lengths read and a plan made, while the GPU waits
 
 
 class GpuPrefillCosts(NamedTuple):
@@ -66,8 +71,8 @@ def built_in() -> PrefillCostsFile:
 
 
 def derived(device: Device, found: PrefillCostsFile) -> PrefillCosts:
-    """A prediction: rates go with the peaks, launches stay. Products and cuDNN use a GPU's fastest
-    instructions, torch's flash attention mma.sync."""
+    """A prediction: rates go with the peaks, launches and the host stay. Products and cuDNN use a
+    GPU's fastest instructions, torch's flash attention mma.sync."""
     measured = by_name(found.gpu)
     assert measured is not None
     costs, faster = found.costs, device.tflops / measured.tflops

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 
@@ -12,12 +12,12 @@ from .absorb import absorbed_bytes
 from .chunks import Part, chunks, seen_requests
 from .device import Device
 from .errors import UnsupportedError
-from .estimate import ceil_div, model, overlapped
+from .estimate import ceil_div, model
 from .layer_config import Dims
 from .prefill_costs import PrefillCosts
+from .prefill_times import PrefillEstimate, Times
 from .problem import Problem
 
-Method: TypeAlias = Literal["absorbed", "expanded"]
 CUDNN_ROWS, FLASH_ROWS = 128, 128  # query tokens of a head that an SM attends with at one time
 CUDNN_GPUS = (90, 100, 103)  # where fused.cudnn_works is expected to say yes
 
@@ -43,7 +43,7 @@ class Products(NamedTuple):
 
     def us(self, costs: PrefillCosts) -> float:
         compute_us = self.flop / (costs.product_tflops * 1e6)
-        return overlapped(compute_us, self.moved / (costs.memory_gbs * 1e3))
+        return _mla.overlapped(compute_us, self.moved / (costs.memory_gbs * 1e3))
 
 
 class AbsorbedWork(NamedTuple):
@@ -56,6 +56,9 @@ class AbsorbedWork(NamedTuple):
     def us(self, costs: PrefillCosts) -> float:
         launches_us = self.steps * costs.absorbed_us
         return launches_us + costs.decode_factor * self.decode_us + self.products.us(costs)
+
+    def host_us(self, costs: PrefillCosts) -> float:
+        return self.steps * costs.absorbed_host_us
 
 
 class ExpandedWork(NamedTuple):
@@ -77,28 +80,22 @@ class ExpandedWork(NamedTuple):
         products_us = self.products.us(costs)
         return costs.expanded_us + launches_us + attention_us + copies_us + products_us
 
-
-class PrefillEstimate(NamedTuple):
-    """Microseconds of each request, predicted."""
-
-    absorbed_us: float | None  # None: `decode` has no kernel
-    expanded_us: float
-
-    @property
-    def method(self) -> Method:
-        """The cheaper one."""
-        worse = self.absorbed_us is None or self.absorbed_us > self.expanded_us
-        return "expanded" if worse else "absorbed"
+    def host_us(self, costs: PrefillCosts) -> float:
+        launches_us = self.chunks * costs.chunk_host_us + self.attentions * costs.attention_host_us
+        return costs.expanded_host_us + launches_us
 
 
 @lru_cache(maxsize=4096)
 def estimate(request: Request, device: Device, cudnn: bool) -> PrefillEstimate:
     """On a GPU. cudnn: whether it computes un-absorbed attention there."""
     costs = prefill_costs.of(device).costs
+
+    def times(work: AbsorbedWork | ExpandedWork) -> Times:
+        return Times(work.us(costs) / request.b, work.host_us(costs) / request.b)
+
     absorbed = absorbed_work(request, device)
-    absorbed_us = None if absorbed is None else absorbed.us(costs) / request.b
-    expanded_us = expanded_work(request, device.sm_count, cudnn).us(costs) / request.b
-    return PrefillEstimate(absorbed_us, expanded_us)
+    expanded = expanded_work(request, device.sm_count, cudnn)
+    return PrefillEstimate(None if absorbed is None else times(absorbed), times(expanded))
 
 
 def absorbed_work(r: Request, device: Device) -> AbsorbedWork | None:

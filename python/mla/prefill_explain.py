@@ -12,7 +12,9 @@ from .device import Device, by_name, indexed, resolve
 from .layer_config import Dims
 from .models import MODELS
 from .prefill_choice import WORKSPACE_BYTES, by_multiplications
-from .prefill_estimate import CUDNN_GPUS, Method, PrefillEstimate, Request, estimate
+from .prefill_estimate import CUDNN_GPUS, Request, estimate
+from .prefill_inputs import check_layer
+from .prefill_times import Method, PrefillEstimate
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,20 @@ class PrefillExplanation:
     @property
     def method(self) -> Method:
         """The one that `prefill` uses with a plan, or once it has read the lengths."""
+        return self._method(captured=False)
+
+    @property
+    def captured_method(self) -> Method:
+        """The one of a plan that was made with `captured`."""
+        return self._method(captured=True)
+
+    def _method(self, captured: bool) -> Method:
         r = self.request
         if r.dtype not in DTYPES or D_V.get(r.dims.d_qk) != r.dims.kv_lora:
             return "expanded"
         if self.estimate is None:
             return by_multiplications(r.dims, r.new)
-        return self.estimate.method
+        return self.estimate.method(captured)
 
     @property
     def costs(self) -> str | None:
@@ -45,14 +55,15 @@ class PrefillExplanation:
             f"prefill    {r.b} x {r.new} new tokens behind {r.length - r.new}, {d.heads} heads of "
             f"{d.nope} + {d.rope} / {d.v} columns, latents of {d.kv_lora}, {str(r.dtype)[6:]}",
             f"device     {self.device}",
-            f"method     {self.method}",
+            f"method     {self.method}, in a CUDA graph {self.captured_method}",
         ]
         if self.estimate is None:
             return "\n".join([*lines, "predicted  nothing on a CPU: multiplications decide"])
-        times = {"absorbed": self.estimate.absorbed_us, "expanded": self.estimate.expanded_us}
         by = {"absorbed": "mla.decode", "expanded": fused.CUDNN if self.cudnn else fused.FLASH}
-        for name, us in times.items():
-            time = "no kernel" if us is None else f"{us:.1f} us a request, by {by[name]}"
+        for name, times in self.estimate._asdict().items():
+            time = "no kernel"
+            if times is not None:
+                time = f"{times.gpu:.1f} us a request, by {by[name]}; {times.host:.1f} of the host"
             lines.append(f"{name:11}{time}")
         planning_us = prefill_costs.of(self.device).costs.planning_us
         lines.append(f"planning   {planning_us:.0f} us more a call that is expanded without a plan")
@@ -81,7 +92,8 @@ def explain_prefill(
     TypeError and ValueError for sizes that are none.
     """
     new, cached = check_size("new", new, 1), check_size("cached", cached, 0)
-    chosen = replace(dims.dims, heads=check_size("heads", heads or dims.heads, 1))
+    check_layer(dims, dtype)
+    chosen = dims.dims if heads is None else replace(dims.dims, heads=check_size("heads", heads, 1))
     request = Request(
         chosen, dtype, check_size("b", b, 1), new, new + cached,
         check_size("page_size", page_size, 1), causal,

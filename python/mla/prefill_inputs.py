@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .absorb import split_kv_b
 from .checks import (
     DTYPES,
     check_index,
@@ -18,11 +20,27 @@ from .checks import (
     wrong,
 )
 from .inputs import TensorOrPair, check_pages, parts
+from .known import once_per_layout
 from .layer_config import Dims
 from .merge import COLUMNS
 
 # Un-absorbed, for checks in more precision than the kernels have.
 WIDE_DTYPES = (torch.float32,)
+
+
+def check_layer(dims: Dims, dtype: torch.dtype) -> None:
+    """TypeError unless `prefill` takes them."""
+    if not isinstance(dims, Dims):
+        raise TypeError(f"dims: got {type(dims).__name__}, expected mla.models' or a LayerConfig's")
+    if dtype not in (*DTYPES, *WIDE_DTYPES):
+        raise TypeError(f"dtype: got {dtype}, expected torch.bfloat16 or torch.float16")
+
+
+class _Kind(NamedTuple):
+    """What is known of a call once it was checked."""
+
+    dims: Dims
+    shape: torch.Size  # leading dimensions of the caller's queries, heads included
 
 
 @dataclass(slots=True)
@@ -35,8 +53,9 @@ class NewTokens:
     rope_cache: Tensor | None
     block_table: Tensor
     seq_lens: Tensor
-    cu_seqlens_q: Tensor  # [b + 1]
+    cuts: Tensor | None  # the caller's cu_seqlens_q
     w_kv_b: Tensor  # [h * (nope + v), c]
+    dims: Dims
     shape: torch.Size  # leading dimensions of the caller's queries, heads included
 
     @classmethod
@@ -49,82 +68,38 @@ class NewTokens:
         cu_seqlens_q: Tensor | None,
         w_kv_b: Tensor,
     ) -> NewTokens:
-        """Checked. Packed queries are split; uniform ones become ragged."""
+        """Checked. Packed queries are split; the tokens of uniform ones become one dimension."""
         q_nope, q_rope = parts("q", "q_nope, q_rope", q)
         cache, rope_cache = parts("kv_cache", "latent, rope", kv_cache)
-        check_tensor("q" if q_rope is None else "q_nope", q_nope)
-        if q_nope.dtype not in (*DTYPES, *WIDE_DTYPES):
-            raise TypeError(f"q: got {q_nope.dtype}, expected torch.bfloat16 or torch.float16")
-        rows = {"q_rope": q_rope, "latent": cache, "rope": rope_cache, "w_kv_b": w_kv_b}
-        for name, tensor in rows.items():
-            if tensor is not None:
-                _check_like(name, tensor, q_nope)
-        _check_queries(q_nope, q_rope, cu_seqlens_q)
-        for name, part in {"latent": cache, "rope": rope_cache}.items():
-            if part is not None:
-                check_pages(name, part, cache)
-        if w_kv_b.dim() != 2:
-            raise wrong("w_kv_b", shape_of(w_kv_b), "[heads * (nope + v), kv_lora]")
-        c, r = w_kv_b.shape[1], cache.shape[-1] - w_kv_b.shape[1]
-        if rope_cache is not None:
-            r = rope_cache.shape[-1] if r == 0 else -1
-        if r < 0:
-            raise wrong("w_kv_b", f"{c} columns", "as many as the cache has latent columns")
+        kind = _checked(
+            q_nope, q_rope, cache, rope_cache, block_table, seq_lens, cu_seqlens_q, w_kv_b
+        )
+        r = kind.dims.rope
         if q_rope is None and r:
-            if q_nope.shape[-1] <= r:
-                raise wrong("q", f"{q_nope.shape[-1]} columns", f"nope + {r}, as the cache has")
             q_nope, q_rope = q_nope[..., :-r], q_nope[..., -r:]
-        if q_rope is not None and q_rope.shape[-1] != r:
-            raise wrong("q_rope", f"{q_rope.shape[-1]} columns", f"{r}, as the cache has")
-        heads, nope = q_nope.shape[-2:]
-        if w_kv_b.shape[0] % heads or w_kv_b.shape[0] // heads <= nope:
-            raise wrong("w_kv_b", shape_of(w_kv_b), f"[{heads} * ({nope} + v), kv_lora]")
-        if (w_kv_b.shape[0] // heads - nope) % COLUMNS:
-            v = w_kv_b.shape[0] // heads - nope
-            raise wrong("w_kv_b", f"v = {v}", f"a multiple of {COLUMNS}")
-        check_lengths(
-            seq_lens, cu_seqlens_q, None if cu_seqlens_q is not None else q_nope.shape[0],
-            q_nope.device,
-        )  # fmt: skip
-        b = seq_lens.shape[0]
-        check_index("block_table", block_table, (b, None), q_nope.device, "[{}, max_pages]")
-        shape = q_nope.shape[:-1]
         if cu_seqlens_q is None:
-            step = q_nope.shape[1]
-            cu_seqlens_q = seq_lens.new_empty(b + 1) if step else seq_lens.new_zeros(b + 1)
-            if step:
-                torch.arange(0, b * step + 1, step, out=cu_seqlens_q)
             q_nope = q_nope.flatten(0, 1)
             q_rope = None if q_rope is None else q_rope.flatten(0, 1)
         return cls(
-            q_nope, q_rope, cache, rope_cache, block_table, seq_lens, cu_seqlens_q, w_kv_b, shape
+            q_nope, q_rope, cache, rope_cache, block_table, seq_lens, cu_seqlens_q, w_kv_b, *kind
         )
 
-    @property
-    def heads(self) -> int:
-        return self.q_nope.shape[1]
+    def cu_seqlens_q(self) -> Tensor:
+        """[b + 1]; made for uniform queries."""
+        if self.cuts is not None:
+            return self.cuts
+        b, step = self.shape[:2]
+        if not step:
+            return self.seq_lens.new_zeros(b + 1)
+        return torch.arange(0, b * step + 1, step, dtype=torch.int32, device=self.seq_lens.device)
 
-    @property
-    def nope(self) -> int:
-        return self.q_nope.shape[2]
-
-    @property
-    def rope(self) -> int:
-        return 0 if self.q_rope is None else self.q_rope.shape[2]
-
-    @property
-    def v(self) -> int:
-        return self.w_kv_b.shape[0] // self.heads - self.nope
-
-    @property
-    def kv_lora(self) -> int:
-        return self.w_kv_b.shape[1]
-
-    @property
-    def dims(self) -> Dims:
-        return Dims(
-            heads=self.heads, kv_lora=self.kv_lora, nope=self.nope, rope=self.rope, v=self.v
-        )
+    def cut_list(self) -> list[int]:
+        """The same numbers. Reads the caller's tensor, if there is one."""
+        if self.cuts is not None:
+            found: list[int] = self.cuts.tolist()
+            return found
+        b, step = self.shape[:2]
+        return [i * step for i in range(b + 1)]
 
     @property
     def kv_cache(self) -> TensorOrPair:
@@ -132,8 +107,57 @@ class NewTokens:
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """Views W_UK [h, nope, c] and W_UV [h, v, c]."""
-        by_head = self.w_kv_b.view(self.heads, self.nope + self.v, self.kv_lora)
-        return by_head[:, : self.nope], by_head[:, self.nope :]
+        return split_kv_b(self.w_kv_b, self.dims)
+
+
+@once_per_layout
+def _checked(
+    q_nope: Tensor,
+    q_rope: Tensor | None,
+    cache: Tensor,
+    rope_cache: Tensor | None,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor | None,
+    w_kv_b: Tensor,
+) -> _Kind:
+    check_tensor("q" if q_rope is None else "q_nope", q_nope)
+    if q_nope.dtype not in (*DTYPES, *WIDE_DTYPES):
+        raise TypeError(f"q: got {q_nope.dtype}, expected torch.bfloat16 or torch.float16")
+    check_tensor("kv_cache" if rope_cache is None else "latent", cache)
+    check_tensor("w_kv_b", w_kv_b)
+    rows = {"q_rope": q_rope, "latent": cache, "rope": rope_cache, "w_kv_b": w_kv_b}
+    for name, tensor in rows.items():
+        if tensor is not None:
+            _check_like(name, tensor, q_nope)
+    _check_queries(q_nope, q_rope, cu_seqlens_q)
+    for name, part in {"latent": cache, "rope": rope_cache}.items():
+        if part is not None:
+            check_pages(name, part, cache)
+    if w_kv_b.dim() != 2:
+        raise wrong("w_kv_b", shape_of(w_kv_b), "[heads * (nope + v), kv_lora]")
+    c, r = w_kv_b.shape[1], cache.shape[-1] - w_kv_b.shape[1]
+    if rope_cache is not None:
+        r = rope_cache.shape[-1] if r == 0 else -1
+    if r < 0:
+        raise wrong("w_kv_b", f"{c} columns", "as many as the cache has latent columns")
+    heads, nope = q_nope.shape[-2:]
+    if q_rope is None:
+        nope -= r
+        if nope <= 0:
+            raise wrong("q", f"{nope + r} columns", f"nope + {r}, as the cache has")
+    elif q_rope.shape[-1] != r:
+        raise wrong("q_rope", f"{q_rope.shape[-1]} columns", f"{r}, as the cache has")
+    v = w_kv_b.shape[0] // heads - nope
+    if w_kv_b.shape[0] % heads or v <= 0:
+        raise wrong("w_kv_b", shape_of(w_kv_b), f"[{heads} * ({nope} + v), kv_lora]")
+    if v % COLUMNS:
+        raise wrong("w_kv_b", f"v = {v}", f"a multiple of {COLUMNS}")
+    b = None if cu_seqlens_q is not None else q_nope.shape[0]
+    check_lengths(seq_lens, cu_seqlens_q, b, q_nope.device)
+    b = seq_lens.shape[0]
+    check_index("block_table", block_table, (b, None), q_nope.device, "[{}, max_pages]")
+    return _Kind(Dims(heads=heads, kv_lora=c, nope=nope, rope=r, v=v), q_nope.shape[:-1])
 
 
 def _check_like(name: str, tensor: Tensor, q: Tensor) -> None:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from . import expanded_steps
-from .checks import DTYPES, check_index, check_lengths, check_size, check_tensor, wrong
+from .checks import check_index, check_lengths, check_size, check_tensor, wrong
 from .expanded_steps import Steps
 from .layer_config import Dims
 from .prefill_choice import WORKSPACE_BYTES, Sizes, cheaper_of, check_method
-from .prefill_estimate import Method
-from .prefill_inputs import WIDE_DTYPES
+from .prefill_inputs import check_layer
+from .prefill_times import Method
 
 
 class Absorbed(NamedTuple):
@@ -63,6 +63,7 @@ def plan_prefill(
     tokens: int | None = None,
     causal: bool = True,
     method: Method | None = None,
+    captured: bool = False,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> PrefillPlan:
     """What `prefill` does for a step, decided once: one plan for all layers.
@@ -73,13 +74,14 @@ def plan_prefill(
     s: new tokens of each request. A ragged query has `cu_seqlens_q` and `tokens`, q.shape[0],
         instead.
     causal, method, workspace_bytes: as for `prefill`, whose calls with this plan have the same.
+    captured: the calls will be captured in a CUDA graph, so only the time of the GPU decides; else
+        that of the host does where it is longer. Plans of both kinds can be captured.
 
     Raises TypeError and ValueError for arguments that do not fit.
     """
     check_tensor("seq_lens", seq_lens)
+    check_layer(dims, dtype)
     device = seq_lens.device
-    if dtype not in (*DTYPES, *WIDE_DTYPES):
-        raise TypeError(f"dtype: got {dtype}, expected torch.bfloat16 or torch.float16")
     check_lengths(seq_lens, cu_seqlens_q, None, device)
     check_index("block_table", block_table, (len(seq_lens), None), device, "[{}, max_pages]")
     check_method(method)
@@ -90,14 +92,16 @@ def plan_prefill(
         step = check_size("s", s, 0)
         cuts, tokens = [i * step for i in range(b + 1)], b * step
     else:
-        raise ValueError("s: expected it, or else cu_seqlens_q and tokens")
+        names = {"s": s, "cu_seqlens_q": cu_seqlens_q, "tokens": tokens}
+        got = ", ".join(name for name, value in names.items() if value is not None) or "none"
+        raise wrong("s, cu_seqlens_q, tokens", got, "s, or else cu_seqlens_q and tokens")
     sizes = Sizes(
         dims.dims, dtype, device, b, tokens,
         block_table.shape[1], check_size("num_pages", num_pages, 0),
         check_size("page_size", page_size, 1), causal,
         check_size("workspace_bytes", workspace_bytes, 1),
     )  # fmt: skip
-    return make_plan(sizes, block_table, seq_lens, seq_lens.tolist(), cuts, method)
+    return make_plan(sizes, block_table, seq_lens, seq_lens.tolist(), cuts, method, captured)
 
 
 def make_plan(
@@ -107,12 +111,15 @@ def make_plan(
     lens: Sequence[int],
     cuts: Sequence[int],
     method: Method | None,
+    captured: bool = False,
 ) -> PrefillPlan:
     """lens, cuts: the values of seq_lens and cu_seqlens_q; clamped here."""
     lens = [min(max(n, 0), sizes.reach) for n in lens]
     cuts = [min(max(n, 0), sizes.tokens) for n in cuts]
     new = [max(end - begin, 0) for begin, end in pairwise(cuts)]
-    methods = tuple(method or cheaper_of(sizes, s, n) for s, n in zip(new, lens, strict=True))
+    methods = tuple(
+        method or cheaper_of(sizes, s, n, captured) for s, n in zip(new, lens, strict=True)
+    )
     which = [i for i, found in enumerate(methods) if found == "expanded"]
     steps, absorbed = None, None
     if which:

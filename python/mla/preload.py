@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import _mla
-from .device import current, facts, indexed
+from .device import as_torch, current, facts
 from .dispatch import forced
 from .errors import UnsupportedError
 from .variants import VARIANTS
@@ -19,9 +19,10 @@ def preload(
     device: the current one if None. On a CPU there is nothing to load.
     variant: a pipeline or a variant, all that run on the device if None.
 
-    Returns the names of the variants. UnsupportedError if none of them runs on the device.
+    Returns the names of the variants. ValueError for a device or a variant that there is not,
+    UnsupportedError if none of them runs on the device.
     """
-    target = current() if device is None else indexed(torch.device(device))
+    target = current() if device is None else as_torch(device)
     device_facts = facts(target)
     request = forced(variant) if variant else None
     reasons = {

@@ -58,7 +58,7 @@ class Problem(NamedTuple):
         """
         if self.max_seq_len is not None:
             return min(self.max_len, self.max_seq_len)
-        if self.max_pages <= 1:
+        if self.max_len <= self.page_size:
             return -(-self.max_len // 4)
         return self.max_len - self.page_size // 2
 

@@ -13,7 +13,7 @@ from torch.nn import functional
 from .absorb import absorb, absorb_query, expand_output, split_kv_b
 from .inputs import TensorOrPair
 from .layer_config import LayerConfig
-from .rope import rotate
+from .query_rows import rotated
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -85,8 +85,11 @@ class Projections(nn.Module):
         attention: DeepseekV2Attention, DeepseekV3Attention or one of another model that
             `LayerConfig.from_transformers` takes.
 
-        Raises as that does.
+        Raises as that does, and TypeError for another kind of module.
         """
+        if not all(hasattr(attention, name) for name in ("config", "kv_a_layernorm")):
+            got = type(attention).__name__
+            raise TypeError(f"attention: got {got}, expected an MLA of transformers")
         norm: Any = attention.kv_a_layernorm
         config = LayerConfig.from_transformers(attention.config)
         config = replace(config, norm_eps=getattr(norm, "variance_epsilon", config.norm_eps))
@@ -120,31 +123,25 @@ class Projections(nn.Module):
         """hidden [.., hidden] -> what `append` takes: latents [.., kv_lora], rope columns [.., r]
         before their rotation, None if there are none."""
         c = self.config
-        rows = self.kv_a_proj_with_mqa(hidden)
+        rows = linear(self.kv_a_proj_with_mqa, hidden)
         return self.kv_a_layernorm(rows[..., : c.kv_lora]), rows[
             ..., c.kv_lora :
         ] if c.rope else None
 
     def queries(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
         """q_nope [.., heads, nope], and rotated q_rope [.., heads, r]; positions int32 [..]."""
-        c = self.config
-        projection = self.q_proj if c.q_lora is None else self.q_b_proj
-        q = linear(projection, self._query_input(hidden))
-        q = self._grow(q.view(*q.shape[:-1], c.heads, c.head_dim), positions)
-        return q[..., : c.nope], self._rotated(q[..., c.nope :], positions) if c.rope else None
+        projection = self.q_proj if self.config.q_lora is None else self.q_b_proj
+        return self._queries(linear(projection, self._query_input(hidden)), positions)
 
     def absorbed_query(self, hidden: Tensor, positions: Tensor) -> TensorOrPair:
         """`q` of `decode`."""
-        c = self.config
         if self.merged_q is None:
             q_nope, q_rope = self.queries(hidden, positions)
-            q_latent = absorb_query(q_nope, split_kv_b(self.kv_b_proj.weight, c)[0])
-            return q_latent if q_rope is None else (q_latent, q_rope)
-        q = functional.linear(self._query_input(hidden), self.merged_q)
-        q = self._grow(q.view(*q.shape[:-1], c.heads, c.d_qk), positions)
-        if c.rope:
-            q[..., c.kv_lora :] = self._rotated(q[..., c.kv_lora :], positions)
-        return q
+            q_latent = absorb_query(q_nope, split_kv_b(self.kv_b_proj.weight, self.config)[0])
+        else:
+            q = functional.linear(self._query_input(hidden), self.merged_q)
+            q_latent, q_rope = self._queries(q, positions)
+        return q_latent if q_rope is None else (q_latent, q_rope)
 
     def project_latents(self, o_latent: Tensor) -> Tensor:
         """What `decode` returned, [.., heads, kv_lora] -> [.., hidden]."""
@@ -156,8 +153,23 @@ class Projections(nn.Module):
     def _query_input(self, hidden: Tensor) -> Tensor:
         if self.config.q_lora is None:
             return hidden
-        normed: Tensor = self.q_a_layernorm(self.q_a_proj(hidden))
+        normed: Tensor = self.q_a_layernorm(linear(self.q_a_proj, hidden))
         return normed
+
+    def _queries(self, q: Tensor, positions: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of a projection [.., heads * columns], those before the rope columns, and these rotated.
+        Positions beyond cos_sin count as its last; their tokens have no place in the cache."""
+        c, rotary, table = self.config, self.config.rotary, self.cos_sin
+        columns = q.shape[-1] // c.heads
+        q = self._grow(q.view(*positions.shape, c.heads, columns), positions)
+        if not c.rope:
+            return q, None
+        if rotary is None or table is None:
+            return q[..., : -c.rope], q[..., -c.rope :]
+        angles = table.index_select(0, positions.flatten().clamp(0, table.shape[0] - 1))
+        rest, rope = rotated(q.flatten(0, -3), angles, interleaved=rotary.interleaved)
+        shape = q.shape[:-1]
+        return rest.view(*shape, columns - c.rope), rope.view(*shape, c.rope)
 
     def _grow(self, q: Tensor, positions: Tensor) -> Tensor:
         c = self.config
@@ -165,12 +177,3 @@ class Projections(nn.Module):
             return q
         steps = positions.clamp(min=0) // c.query_growth_positions
         return (q * (1 + c.query_growth * torch.log1p(steps.float()))[..., None, None]).to(q.dtype)
-
-    def _rotated(self, q_rope: Tensor, positions: Tensor) -> Tensor:
-        """Positions beyond cos_sin count as its last; their tokens have no place in the cache."""
-        rotary, table = self.config.rotary, self.cos_sin
-        if rotary is None or table is None:
-            return q_rope
-        rows = table.index_select(0, positions.flatten().clamp(0, table.shape[0] - 1))
-        rows = rows.view(*positions.shape, 1, -1)
-        return rotate(q_rope, rows, interleaved=rotary.interleaved)

@@ -98,6 +98,7 @@ class Errors(NamedTuple):
     cosine_distance: float  # 1 - cos(got, want): blind to scale
     relative_rmse: float  # |got - want| / |want|
     wmape: float  # sum of |got - want| / sum of |want|
+    mse: float  # mean of (got - want)^2
     max_abs: float
 
 
@@ -105,11 +106,12 @@ def errors(got: Tensor, want: Tensor) -> Errors:
     """Over all elements, in float64. All 0 if both are equal, nan if either holds a nan."""
     got, want = got.double().flatten(), want.double().flatten()
     if torch.equal(got, want):
-        return Errors(0.0, 0.0, 0.0, 0.0)
+        return Errors(0.0, 0.0, 0.0, 0.0, 0.0)
     difference = got - want
     return Errors(
         float(1 - got @ want / (got.norm() * want.norm())),
         float(difference.norm() / want.norm()),
         float(difference.abs().sum() / want.abs().sum()),
+        float(difference.square().mean()),
         float(difference.abs().max()),
     )

@@ -64,12 +64,7 @@ def copy(to: Tensor, rows: Tensor) -> None:
 def _wider(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Views in elements of eight bytes, where all tensors have such: torch copies strided tensors
     element by element."""
-    each = 8 // tensors[0].element_size()
-    for x in tensors:
-        *strides, last = x.stride()
-        bits = x.shape[-1] | int(x.storage_offset())
-        for stride in strides:
-            bits |= stride
-        if last != 1 or bits % each:
-            return tensors
-    return tuple(x.view(torch.int64) for x in tensors)
+    try:
+        return tuple(x.view(torch.int64) for x in tensors)
+    except RuntimeError:  # torch says which size, stride or offset is none of eight bytes
+        return tensors

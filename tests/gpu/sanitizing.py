@@ -47,12 +47,9 @@ def of_toolkit(name: str) -> str | None:
     )
 
 
-def needed(name: str, package: str, *, toolkit_first: bool = False) -> str:
-    """Of the package from PyPI if it is installed, else of a CUDA toolkit; or the other way."""
-    if toolkit_first:
-        path = of_toolkit(name) or of_package(name, package)
-    else:
-        path = of_package(name, package) or of_toolkit(name)
+def needed(name: str, package: str) -> str:
+    """Of the package from PyPI if it is installed, else of a CUDA toolkit."""
+    path = of_package(name, package) or of_toolkit(name)
     if path is None:
         pytest.skip(f"needs {name}: not on PATH, in CUDA_HOME or installed by {package}")
     return path

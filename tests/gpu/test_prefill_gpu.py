@@ -11,7 +11,7 @@ import torch
 from mla import fused
 from mla.layer_config import Dims as LayerDims
 from mla.models import MODELS
-from mla.prefill_estimate import Method
+from mla.prefill_times import Method
 from prefilling import CASES, Case, Dims, Problem, make_prefill
 
 pytestmark = pytest.mark.filterwarnings("ignore:Synchronization debug mode")

@@ -40,8 +40,7 @@ NOT_FOLLOWED = "control_warp_arrivals"
 WARP_ARRIVALS = [
     row.name
     for row in GPU_ROWS
-    if (row.pipeline == "sm80" and (row.block_rows, row.block_n, row.d_v) == (64, 16, 512))
-    or row.pipeline == "sm90_swap"  # that the description of a piece has been read
+    if row.pipeline == "sm80" and (row.block_rows, row.block_n, row.d_v) == (64, 16, 512)
 ]
 
 Run = tuple[str, int, str]  # tool, d_qk, planted fault
@@ -62,9 +61,7 @@ def start(request: pytest.FixtureRequest) -> Iterator[Start]:
 
         def go(run: Run) -> Report:
             tool, d_qk, fault = run
-            # Of PyPI's versions racecheck follows more, and synccheck ends kernels of ours.
-            toolkit = tool != "racecheck"
-            sanitizer = needed("compute-sanitizer", SANITIZER_PACKAGE, toolkit_first=toolkit)
+            sanitizer = needed("compute-sanitizer", SANITIZER_PACKAGE)
             target = [str(TARGET), str(d_qk), "--started", str(time.time())]
             target += ["--fault", fault] if fault else []
             return execute(sanitizer, tool, "mla_", FIRST_PORT + PORTS * runs.index(run), target)

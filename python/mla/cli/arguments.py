@@ -89,6 +89,7 @@ def _bench(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--planning", action="store_true", help="put the making of the plan inside the clock"
     )
+    parser.add_argument("--graph", action="store_true", help="time replays of graphs of the calls")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument(
         "--host", action="store_true", help="instead of cases: CPU time that a call takes"
@@ -102,6 +103,9 @@ def _bench(parser: ArgumentParser) -> None:
         "--prompt",
         action="store_true",
         help="instead of cases: tokens/s of a stack of layers, prompts and generation",
+    )
+    instead.add_argument(
+        "--append", action="store_true", help="instead of cases: new rows into the cache"
     )
     parser.add_argument("--repeat", type=positive, help="samples (default: 20, on a CPU 3)")
     parser.add_argument("--dtype", type=dtype_name, help="instead of the cases' own")

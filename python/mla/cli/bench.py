@@ -14,9 +14,9 @@ from mla import dispatch
 from mla.checks import D_V
 from mla.variants import VARIANTS
 
-from . import host, prefill_sweep, prompt
+from . import append_sweep, host, prefill_sweep, prompt
 from .arguments import UsageError
-from .calls import HEURISTIC, call, pick, requested
+from .calls import HEURISTIC, call, pick, replayed, requested
 from .cases import Case, CasePool, load_cases, with_overrides
 from .console import console, make_progress
 from .devices import device_name, pick_device
@@ -32,21 +32,26 @@ from .results import (
 from .timing import CpuTimer, GpuTimer, measure
 
 BATCH_INVARIANT = "batch_invariant"  # follows a name in the name of a run in that mode
+EAGER, REPLAYED = "one call, output allocation inside", "one replay of the graph of one call"
 METHOD = (
-    "events around one call, output allocation inside, after a read of 256 MB and a sleep on the "
-    "device; pages scattered at random, random data"
+    "events around {}, after a read of 256 MB and a sleep on the device; pages scattered at "
+    "random, random data"
 )
 
 
 def run(args: Namespace) -> int:
     device = pick_device(args.device)
     peer_times = _prepare_files(args)
+    if args.graph and (device.type != "cuda" or args.host or args.prefill or args.prompt):
+        raise UsageError("--graph replays cases, on a GPU: it goes with no other kind of run")
     if args.host:
         return _run_host(args, device)
     if args.prefill:
         return prefill_sweep.run(args, device)
     if args.prompt:
         return prompt.run(args, device)
+    if args.append:
+        return append_sweep.run(args, device)
     cases = _select(args, device)
     on_gpu = device.type == "cuda"
     timer = GpuTimer(device, args.repeat or 20) if on_gpu else CpuTimer(args.repeat or 3)
@@ -75,7 +80,8 @@ def run(args: Namespace) -> int:
                     skipped.append(f"{name} on {case.id}: {error}")
                 else:
                     variants[name] = variant
-                    calls[name] = call(case, inputs, variant, args.planning, invariant)
+                    timed = call(case, inputs, variant, args.planning, invariant)
+                    calls[name] = replayed(timed) if args.graph else timed
             for name, timing in measure(timer, calls).items():
                 results.append(Result(name, case, variants[name], timing, floor_us))
 
@@ -161,7 +167,9 @@ def _write_files(
     peer_times: dict[str, dict[str, float]],
 ) -> None:
     """The files asked for. Of several runs each has its own, named after it."""
-    conditions = conditions_of(device, METHOD if floors else prefill_sweep.ON_CPU_METHOD) | {
+    method = METHOD.format(REPLAYED if args.graph else EAGER)
+    conditions = conditions_of(device, method if floors else prefill_sweep.ON_CPU_METHOD) | {
+        "graph": args.graph,
         "planning": "inside the clock" if args.planning else "before the clock",
         "floors": asdict(floors) if floors else None,
     }

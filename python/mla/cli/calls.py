@@ -83,3 +83,12 @@ def call(
         batch_invariant=batch_invariant,
         variant=variant,
     )
+
+
+def replayed(call: Callable[[], object]) -> Callable[[], object]:
+    """The call as a CUDA graph, captured now; it was called before, so that all is loaded."""
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay

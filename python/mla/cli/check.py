@@ -76,9 +76,8 @@ def _admitted(names: Sequence[str] | None) -> list[Variant]:
         requests = [dispatch.forced(name) for name in names or ()]
     except ValueError as error:
         raise UsageError(str(error)) from None
-    if not requests:
-        return list(VARIANTS)
-    return [v for v in VARIANTS if any(request and request.admits(v) for request in requests)]
+    wanted = [request for request in requests if request]
+    return [v for v in VARIANTS if not wanted or any(it.admits(v) for it in wanted)]
 
 
 def _sizes(problem: CheckProblem, d_qk: int, dtype: torch.dtype) -> Problem:
@@ -135,8 +134,7 @@ def _check(
             faults.append(f"{plan.variant.name} ran instead")
         if not faults and not (torch.equal(out, again[0]) and torch.equal(lse, again[1])):
             faults.append("a second run, with a plan, gave other bits")
-        dtype = str(sizes.dtype).removeprefix("torch.")
-        report.faults += [f"{what}, {dtype}: {fault}" for fault in faults]
+        report.faults += [f"{what}, {str(sizes.dtype)[6:]}: {fault}" for fault in faults]
 
 
 def _decode(
@@ -146,8 +144,7 @@ def _decode(
     plan: mla.Plan | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Into poisoned outputs, so that an element left unwritten is found."""
-    want_out, want_lse = want
-    nan = float("nan")
+    (want_out, want_lse), nan = want, float("nan")
     return mla.decode(
         inputs.q,
         inputs.kv_cache,

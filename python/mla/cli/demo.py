@@ -15,18 +15,10 @@ from mla.absorb import absorb_query, expand_output
 from mla.demo_layer import DemoLayer, ExpandedReference, PagedCache, deepseek_v3
 from mla.reference import Errors, errors
 
-from .arguments import UsageError
 from .console import console, make_progress, make_table
 from .devices import device_name, pick_device
+from .excerpts import excerpts
 
-# Where each request's prompt begins in the text, and how many bytes it has: a ragged batch in which
-# one request starts with nothing but the begin token.
-PROMPTS = (
-    ("A language model writes", 0),
-    ("Carrying is the whole", 61),
-    ("There is one obstacle", 180),
-    ("Multi-head latent", 400),
-)
 # Relative RMSE. The layer rounds where the reference does not: absorbed queries, probabilities,
 # sums over latents, outputs of heads. Each costs at most half a unit in the last place; together
 # they come to 3e-3 in bf16 and 4e-4 in fp16.
@@ -45,7 +37,7 @@ class Step:
 
 def run(args: Namespace) -> int:
     device, dtype = pick_device(args.device), getattr(torch, args.dtype)
-    prompts, continuations = _excerpts(args.steps)
+    prompts, continuations = excerpts(args.steps)
     config = deepseek_v3()
     console.print(
         f"One attention layer shaped like DeepSeek-V3's ({config.heads} heads, {config.kv_lora} + "
@@ -80,20 +72,6 @@ def run(args: Namespace) -> int:
             for i in progress.track(range(args.steps), description="decoding")
         ]
     return _report(steps, len(prompts), plan.variant.name, TOLERANCE[dtype])
-
-
-def _excerpts(steps: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids of the prompts, and of the `steps` bytes that follow each in the text."""
-    prompts, continuations = [], []
-    for beginning, size in PROMPTS:
-        text = data.text().encode("utf-8")
-        start = text.index(beginning.encode("utf-8"))
-        following = text[start + size : start + size + steps]
-        if len(following) < steps:
-            raise UsageError(f"--steps {steps}: the text ends after {len(following)} more tokens")
-        prompts.append([data.BOS, *text[start : start + size]])
-        continuations.append(list(following))
-    return prompts, continuations
 
 
 def _read_prompts(
@@ -176,7 +154,7 @@ def _print_requests(prompts: list[list[int]], continuations: list[list[int]]) ->
 
 
 def _report(steps: list[Step], requests: int, variant: str, tolerance: float) -> int:
-    table = make_table("errors", "step", *Errors._fields, numbers=5)
+    table = make_table("errors", "step", *Errors._fields, numbers=1 + len(Errors._fields))
     every = -(-len(steps) // _SHOWN_STEPS)
     for i, step in enumerate(steps):
         if i % every == 0 or i == len(steps) - 1:

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 import mla
+from mla import _mla
 from mla.checks import DTYPES
 from mla.device import facts
+from mla.launch import ordinal, stream_of
 
 from .console import console, make_table
 from .devices import device_name
@@ -82,7 +84,8 @@ def host_calls(args: Namespace, device: torch.device, most: int) -> list[HostCal
     def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
 
-    q, cache = zeros(B, 1, H_Q, d_qk), zeros(1, page_size, d_qk)
+    q = zeros(B, 1, H_Q, d_qk)
+    caches = [zeros(1, page_size, d_qk) for _ in range(2)]  # as of two layers
     columns = MAX_PAGES + most // B
     table = zeros(B, columns, dtype=torch.int32)
     lens = torch.ones(B, dtype=torch.int32, device=device)
@@ -93,7 +96,9 @@ def host_calls(args: Namespace, device: torch.device, most: int) -> list[HostCal
 
     plans = {b: plan_of(b) for b in range(1, B + 1)}
 
-    def decode(b: int, pages: int, given: bool, planned: bool) -> Callable[[], object]:
+    def decode(
+        b: int, pages: int, given: bool, planned: bool, cache: Tensor = caches[0]
+    ) -> Callable[[], object]:
         """Its tensors are cut before the clock starts."""
         arguments = (q[:b], cache, table[:b, :pages], lens[:b])
         options = {"scale": 0.1, "return_lse": True, **chosen}
@@ -104,8 +109,8 @@ def host_calls(args: Namespace, device: torch.device, most: int) -> list[HostCal
         return lambda: mla.decode(*arguments, **options)
 
     def steady(given: bool, planned: bool) -> Callable[[int], object]:
-        call = decode(B, MAX_PAGES, given, planned)
-        return lambda _: call()
+        calls = [decode(B, MAX_PAGES, given, planned, cache) for cache in caches]
+        return lambda i: calls[i % 2]()
 
     def first(planned: bool) -> Callable[[int], object]:
         # The largest comes first: no other waits for a larger workspace.
@@ -121,4 +126,32 @@ def host_calls(args: Namespace, device: torch.device, most: int) -> list[HostCal
         HostCall("first of a shape, with a plan", first(True)),
         HostCall("plan.update", lambda _: plans[B].update(lens)),
         HostCall("mla.plan", lambda _: plan_of(B)),
+        *_others(out, lse),
     ]
+
+
+def _others(out: Tensor, lse: Tensor) -> list[HostCall]:
+    """What is not ours: the making of outputs by torch, and on a GPU launches by the driver."""
+
+    device, made = out.device, [(t.shape, t.stride(), t.dtype) for t in (out, lse)]
+
+    def outputs(_: int) -> object:
+        return [torch.empty_strided(n, s, dtype=dtype, device=device) for n, s, dtype in made]
+
+    others = [HostCall("two torch.empty_strided", outputs)]
+    gpu = facts(device)
+    if gpu.type != "cuda":
+        return others
+    where = ordinal(device), stream_of(device)
+
+    def launch(beside: bool) -> Callable[[int], object]:
+        return lambda _: _mla.launch_empty(beside, *where)
+
+    def queue(launches: int) -> Callable[[int], object]:
+        return lambda _: _mla.queue_empty(launches, *where)
+
+    others.append(HostCall("an empty launch", launch(False)))
+    if gpu.sm >= 90:
+        others.append(HostCall("an empty launch beside another", launch(True)))
+    others += [HostCall(f"{n} empty launches as of a call", queue(n)) for n in (2, 3)]
+    return others

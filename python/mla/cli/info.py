@@ -53,7 +53,7 @@ def _print(info: dict[str, Any]) -> None:
             ", ".join(DTYPES.values() if on_host else variant["dtypes"]),
             "any" if on_host else f"{variant['d_qk']}/{variant['d_v']}",
             *("-" if on_host else str(variant[key]) for key in ("block_rows", "block_n", "stages")),
-            "-" if on_host else f"{variant['smem_bytes'] // 1024} KB",
+            "-" if on_host else f"{variant['smem_bytes'] / 1024:.0f} KB",
             variant["targets"],
             *("; ".join(d["variants"][variant["name"]]) or "runs" for d in info["devices"]),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import date
 from statistics import median
 from typing import NamedTuple
@@ -14,17 +14,25 @@ from torch import Tensor
 
 from mla import fused, prefill_costs, tuned
 from mla.device import Device
-from mla.prefill_choice import METHODS, WORKSPACE_BYTES
+from mla.prefill_choice import WORKSPACE_BYTES
 from mla.prefill_costs import PrefillCosts
-from mla.prefill_estimate import Method, Request, absorbed_work, expanded_work
+from mla.prefill_estimate import (
+    AbsorbedWork,
+    ExpandedWork,
+    Request,
+    absorbed_work,
+    expanded_work,
+)
+from mla.prefill_times import METHODS, Method, Times
 
 from .console import console, make_table
 from .fit import HELD, least_squares
-from .prefill_sweep import DTYPE, PAGE_SIZE, Point, read
+from .prefill_points import Point, read
+from .prefill_sweep import DTYPE, PAGE_SIZE
 
 # Where one way takes long, by this factor more than the other, its prediction decides nothing:
-# there an error counts half as much.
-FAR = 2.0
+# there an error counts less. So does one of the host's time where the GPU takes so much longer.
+FAR, FAR_WEIGHT, HIDDEN_WEIGHT = 2.0, 0.5, 0.1
 _SHOWN = 5
 _FITTED = [name for name in PrefillCosts._fields if name != "planning_us"]
 
@@ -33,14 +41,19 @@ class Sample(NamedTuple):
     """A point of a sweep, and what predicts it."""
 
     point: Point
-    predict: dict[Method, Callable[[PrefillCosts], float]]
+    work: dict[Method, AbsorbedWork | ExpandedWork]
 
-    def chosen(self, costs: PrefillCosts) -> Method:
-        return min(METHODS, key=lambda method: self.predict[method](costs))
+    def predicted(self, method: Method, costs: PrefillCosts) -> Times:
+        work = self.work[method]
+        return Times(work.us(costs), work.host_us(costs))
 
-    def regret(self, costs: PrefillCosts) -> float:
+    def chosen(self, costs: PrefillCosts, captured: bool) -> Method:
+        return min(METHODS, key=lambda method: self.predicted(method, costs).us(captured))
+
+    def regret(self, costs: PrefillCosts, captured: bool) -> float:
         """Time of the way chosen over that of the better one: 1 at best."""
-        return self.point.us[self.chosen(costs)] / min(self.point.us.values())
+        took = {method: self.point.took(method, captured) for method in METHODS}
+        return took[self.chosen(costs, captured)] / min(took.values())
 
 
 def run(args: Namespace, device: Device) -> int:
@@ -53,7 +66,7 @@ def run(args: Namespace, device: Device) -> int:
             "date": date.today().isoformat(),
             "runs": [path.name for path in args.runs],
             "points": len(samples),
-            "rms": {m: round(_rms([_log(s, m, costs) for s in samples]), 4) for m in METHODS},
+            "rms": {name: round(rms, 4) for name, rms in _errors(samples, costs).items()},
         }
         text = prefill_costs.dump(device.name, device.sm_count, costs, made)
         tuned.save(args.out, text)
@@ -68,7 +81,7 @@ def sample(point: Point, device: Device) -> Sample:
     absorbed = absorbed_work(request, device)
     assert absorbed is not None
     expanded = expanded_work(request, device.sm_count, fused.CUDNN in point.attention)
-    return Sample(point, {"absorbed": absorbed.us, "expanded": expanded.us})
+    return Sample(point, {"absorbed": absorbed, "expanded": expanded})
 
 
 def guessed(device: Device) -> PrefillCosts:
@@ -84,6 +97,10 @@ def guessed(device: Device) -> PrefillCosts:
         memory_gbs=0.7 * device.bandwidth,
         cudnn_tflops=0.6 * device.tflops,
         flash_tflops=0.25 * device.tflops,
+        absorbed_host_us=100,
+        expanded_host_us=50,
+        chunk_host_us=50,
+        attention_host_us=50,
         planning_us=400,
     )
 
@@ -99,45 +116,67 @@ def fit(samples: Sequence[Sample], device: Device) -> PrefillCosts:
 
     def residuals(x: Tensor) -> Tensor:
         costs = constants(x)
-        errors = [_weight(s, m) * _log(s, m, costs) for s in samples for m in METHODS]
+        errors = []
+        for s in samples:
+            for m in METHODS:
+                pairs = zip(_logs(s, m, costs), _weights(s, m), strict=True)
+                errors += [error * weight for error, weight in pairs]
         return torch.cat([torch.tensor(errors, dtype=x.dtype), math.sqrt(HELD) * (x - origin)])
 
     planning_us = median(s.point.plan_us["expanded"] for s in samples)
     return constants(least_squares(residuals, origin))._replace(planning_us=planning_us)
 
 
-def _log(sample: Sample, method: Method, costs: PrefillCosts) -> float:
-    return math.log(sample.predict[method](costs) / sample.point.us[method])
+def _logs(sample: Sample, method: Method, costs: PrefillCosts) -> Times:
+    """Of predicted over measured times."""
+    p, times = sample.point, sample.predicted(method, costs)
+    return Times(math.log(times.gpu / p.us[method]), math.log(times.host / p.host_us[method]))
 
 
-def _weight(sample: Sample, method: Method) -> float:
-    us = sample.point.us
-    return 0.5 if us[method] > FAR * min(us.values()) else 1.0
+def _weights(sample: Sample, method: Method) -> tuple[float, float]:
+    """Of the errors of both times."""
+    us, host_us = sample.point.us, sample.point.host_us
+    return (
+        FAR_WEIGHT if us[method] > FAR * min(us.values()) else 1.0,
+        HIDDEN_WEIGHT if us[method] > FAR * host_us[method] else 1.0,
+    )
 
 
-def _rms(errors: Sequence[float]) -> float:
-    return math.sqrt(sum(error**2 for error in errors) / max(len(errors), 1))
+def _errors(samples: Sequence[Sample], costs: PrefillCosts) -> dict[str, float]:
+    """Root mean squares of the logarithms: about the relative errors."""
+    found = {}
+    for m in METHODS:
+        logs = [_logs(s, m, costs) for s in samples]
+        for name, errors in zip((m, f"{m}, host"), zip(*logs, strict=True), strict=True):
+            found[name] = math.sqrt(sum(error**2 for error in errors) / len(errors))
+    return found
 
 
 def _print(device: Device, costs: PrefillCosts, samples: Sequence[Sample]) -> None:
     table = make_table(f"constants of prefill, {device.name}", "", "", numbers=1)
     for name, value in costs._asdict().items():
         table.add_row(name.replace("_", " "), f"{value:.4g}")
-    for method in METHODS:
-        errors = [_log(s, method, costs) for s in samples]
-        table.add_row(f"root mean square error, {method}", f"{_rms(errors):.4f}")
+    for name, rms in _errors(samples, costs).items():
+        table.add_row(f"root mean square error, {name}", f"{rms:.4f}")
     console.print(table)
-    worst = sorted(samples, key=lambda s: s.regret(costs), reverse=True)
-    mean = math.exp(sum(math.log(s.regret(costs)) for s in samples) / len(samples))
+    for captured, where in ((True, "in a CUDA graph"), (False, "without one")):
+        _print_regret(costs, samples, captured, where)
+
+
+def _print_regret(
+    costs: PrefillCosts, samples: Sequence[Sample], captured: bool, where: str
+) -> None:
+    found = sorted(((s.regret(costs, captured), s) for s in samples), key=lambda each: -each[0])
+    mean = math.exp(sum(math.log(regret) for regret, _ in found) / len(found))
     console.print(
-        f"the choice costs {mean - 1:.2%} in the geometric mean of {len(samples)} points, "
-        f"{worst[0].regret(costs) - 1:.2%} at worst",
+        f"{where} the choice costs {mean - 1:.2%} in the geometric mean of {len(found)} points, "
+        f"{found[0][0] - 1:.2%} at worst",
         style="bold",
     )
-    for s in worst[:_SHOWN]:
+    for regret, s in found[:_SHOWN]:
         p = s.point
-        if s.regret(costs) > 1:
+        if regret > 1:
             console.print(
-                f"  {s.regret(costs) - 1:.2%} at {p.heads} heads, {p.new} new, {p.cached} cached: "
-                f"{s.chosen(costs)}"
+                f"  {regret - 1:.2%} at {p.heads} heads, {p.new} new, {p.cached} cached: "
+                f"{s.chosen(costs, captured)}"
             )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -17,18 +15,14 @@ from rich.table import Table
 from torch import Tensor
 
 import mla
-from mla.layer_config import Dims
-from mla.models import MODELS
-from mla.prefill_choice import METHODS
-from mla.prefill_estimate import Method
+from mla.prefill_times import METHODS, Method
 
-from .arguments import UsageError
 from .console import console, make_progress, make_table
 from .devices import device_name
+from .prefill_points import DIMS, Point, write
 from .results import conditions_of, write_conditions
 from .timing import CpuTimer, GpuTimer, measure
 
-DIMS = MODELS["DeepSeek-V3"].dims
 HEADS = (16, 128)
 NEW = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096)
 CACHED = (0, 512, 2048, 8192, 32768, 65536)
@@ -36,26 +30,12 @@ ON_CPU = ((4,), (1, 48), (0, 100))
 DTYPE, PAGE_SIZE = torch.bfloat16, 64
 LONG_US, LONG_REPEAT = 10_000.0, 3  # calls that take longer are measured fewer times
 METHOD = (
-    "one request in bf16; both methods in turns; events around one call, plan before the clock, "
-    "output allocation inside, after a read of 256 MB and a sleep on the device"
+    "one request in bf16; both methods in turns; us: events around one call, plan before the "
+    "clock, output allocation inside, after a read of 256 MB and a sleep on the device; host_us: "
+    "what the host needs to queue the same calls, by its clock, while the device sleeps; plan_us: "
+    "to make the plan"
 )
 ON_CPU_METHOD = "wall clock around one call"
-
-
-@dataclass(frozen=True)
-class Point:
-    """`new` tokens of a request behind `cached` ones: microseconds by each method."""
-
-    heads: int
-    new: int
-    cached: int
-    us: dict[Method, float]
-    plan_us: dict[Method, float]  # of the host, which waits for the device
-    attention: str  # of the expanded way
-
-    @property
-    def dims(self) -> Dims:
-        return replace(DIMS, heads=self.heads)
 
 
 class Inputs:
@@ -71,7 +51,7 @@ class Inputs:
         d = DIMS
         self.cache = normal(pages, PAGE_SIZE, d.d_qk)
         self.table = torch.randperm(pages, generator=generator, device=device).int()[None]
-        self.q = {h: (normal(1, most, h, d.nope), normal(1, most, h, d.rope)) for h in heads}
+        self.q = {h: normal(1, most, h, d.head_dim) for h in heads}
         self.w_kv_b = {h: normal(h * (d.nope + d.v), d.kv_lora) * d.kv_lora**-0.5 for h in heads}
 
     def plan(self, heads: int, new: int, cached: int, method: Method) -> mla.PrefillPlan:
@@ -86,7 +66,8 @@ class Inputs:
         )
 
     def call(self, heads: int, new: int, cached: int, plan: mla.PrefillPlan) -> Callable[[], Any]:
-        q_nope, q_rope = (part[:, :new] for part in self.q[heads])
+        # As a layer's query lies (query_rows.py).
+        q_rope, q_nope = self.q[heads][:, :new].split_with_sizes((DIMS.rope, DIMS.nope), -1)
         table, lens = self._where(new + cached)
         weights, scale = self.w_kv_b[heads], DIMS.head_dim**-0.5
         return lambda: mla.prefill(
@@ -138,36 +119,16 @@ def _measured(
     times = measure(timer, calls)
     timer.repeat = usual
     us = {method: times[method].us for method in METHODS}
-    return Point(heads, new, cached, us, plan_us, attention)
+    host_us = {method: times[method].host_us for method in METHODS}
+    return Point(heads, new, cached, us, host_us, plan_us, attention)
 
 
 def _table(device: torch.device, points: list[Point]) -> Table:
-    columns = ("heads", "new", "cached", *METHODS, "ratio")
-    table = make_table(f"prefill, us, {device_name(device)}", *columns, "by", numbers=7)
+    host = (f"host, {method}" for method in METHODS)
+    columns = ("heads", "new", "cached", *METHODS, "ratio", *host)
+    table = make_table(f"prefill, us, {device_name(device)}", *columns, "by", numbers=len(columns))
     for p in points:
         a, e = (p.us[method] for method in METHODS)
         numbers = (str(p.heads), str(p.new), str(p.cached), f"{a:.1f}", f"{e:.1f}", f"{a / e:.2f}")
-        table.add_row(*numbers, p.attention)
+        table.add_row(*numbers, *(f"{p.host_us[m]:.0f}" for m in METHODS), p.attention)
     return table
-
-
-def write(path: Path, points: Iterable[Point]) -> None:
-    """A JSON list with one point per line."""
-
-    def rounded(times: dict[Method, float]) -> dict[str, float]:
-        return {method: round(us, 1) for method, us in times.items()}
-
-    lines = [{**vars(p), "us": rounded(p.us), "plan_us": rounded(p.plan_us)} for p in points]
-    path.write_text("[\n" + ",\n".join(map(json.dumps, lines)) + "\n]\n", encoding="utf-8")
-
-
-def read(path: Path) -> list[Point]:
-    """UsageError for a file that `write` did not write."""
-    try:
-        points = [Point(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
-        usable = all(min(p.us[m] for m in METHODS) > 0 for p in points)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UsageError(f"{path}: no sweep of `mla bench --prefill`: {error!r}") from None
-    if not points or not usable:
-        raise UsageError(f"{path}: got no times above 0")
-    return points

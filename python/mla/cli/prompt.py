@@ -139,7 +139,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _buffer_mb(way: Contender, hidden: Tensor, piece: tuple[int, int]) -> float:
-    step = way.step(hidden[:, : piece[0]], piece[1])
+    step = way.step(hidden[:, : piece[0]], piece[1], captured=True)
     _wait(hidden.device)
     torch.cuda.reset_peak_memory_stats(hidden.device)
     before = torch.cuda.memory_allocated(hidden.device)
@@ -152,7 +152,7 @@ def _captured(way: Contender, hidden: Tensor, pieces: list[tuple[int, int]]) -> 
     graphs: list[tuple[torch.cuda.CUDAGraph, Step, Tensor]] = []  # with what they read and write
     pool = torch.cuda.graph_pool_handle()
     for s, depth in pieces:
-        step, graph = way.step(hidden[:, :s], depth), torch.cuda.CUDAGraph()
+        step, graph = way.step(hidden[:, :s], depth, captured=True), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             out = step()
         graphs.append((graph, step, out))

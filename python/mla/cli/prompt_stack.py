@@ -14,8 +14,8 @@ from mla.layer_config import LayerConfig
 from mla.models import MODELS
 from mla.nn import MultiHeadLatentAttention
 from mla.plan import Plan
-from mla.prefill_estimate import Method
 from mla.prefill_plan import PrefillPlan
+from mla.prefill_times import Method
 from mla.projections import linear
 from mla.rope import Rotary, Yarn, rotate
 
@@ -58,8 +58,9 @@ class Contender(Protocol):
 
     name: str
 
-    def step(self, hidden: Tensor, depth: int) -> Step:
-        """Of tokens [1, s, hidden] behind `depth` others, with all that the host does before."""
+    def step(self, hidden: Tensor, depth: int, captured: bool = False) -> Step:
+        """Of tokens [1, s, hidden] behind `depth` others, with all that the host does before; to
+        be captured in a CUDA graph or not."""
 
 
 class Paged:
@@ -72,13 +73,13 @@ class Paged:
         self.name, self._layers, self._caches = name, layers, caches
         self._table, self._method = table, method
 
-    def step(self, hidden: Tensor, depth: int) -> Step:
+    def step(self, hidden: Tensor, depth: int, captured: bool = False) -> Step:
         s, device = hidden.shape[1], hidden.device
         length = depth + s
         table = self._table[:, : -(-length // PAGE_SIZE)]
         lens = torch.tensor([length], dtype=torch.int32, device=device)
         positions = torch.arange(depth, length, dtype=torch.int32, device=device)[None]
-        plan = self._plan(table, lens, s)
+        plan = self._plan(table, lens, s, captured)
 
         def run() -> Tensor:
             x = hidden
@@ -88,11 +89,11 @@ class Paged:
 
         return run
 
-    def _plan(self, table: Tensor, lens: Tensor, s: int) -> Plan | PrefillPlan:
+    def _plan(self, table: Tensor, lens: Tensor, s: int, captured: bool) -> Plan | PrefillPlan:
         dims, (num_pages, page_size, _) = self._layers[0].config, self._caches[0].shape
         plan = mla.plan_prefill(
             table, lens, dims=dims, dtype=DTYPE, num_pages=num_pages, page_size=page_size, s=s,
-            method=self._method,
+            method=self._method, captured=captured,
         )  # fmt: skip
         if plan.method != "absorbed":
             return plan
@@ -116,7 +117,7 @@ class Matmul:
             for _ in layers
         ]
 
-    def step(self, hidden: Tensor, depth: int) -> Step:
+    def step(self, hidden: Tensor, depth: int, captured: bool = False) -> Step:
         s, device = hidden.shape[1], hidden.device
         length = depth + s
         positions = torch.arange(depth, length, device=device)

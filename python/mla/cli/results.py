@@ -73,16 +73,19 @@ def _percent(fraction: float | None) -> str:
 
 
 def result_table(results: list[Result]) -> Table:
-    """One line per case and run."""
+    """One line per case and run, with the run's name where there are several."""
+    several = len({result.run for result in results}) > 1
     on_gpu = [result for result in results if result.floor_us]
     peers = list(dict.fromkeys(name for result in on_gpu for name in result.case.peer_us))
     columns = ["us", "host us", "GB/s", "TFLOP/s", "% of floor", "% of recorded"]
     columns += [f"{name} / us" for name in peers]
-    table = make_table("times", "case", "variant", *columns, numbers=len(columns))
+    names = ("case", "run", "variant") if several else ("case", "variant")
+    table = make_table("times", *names, *columns, numbers=len(columns))
     for result in results:
         others = (result.case.peer_us.get(name) for name in peers)
         table.add_row(
             result.case.id,
+            *([result.run] if several else []),
             result.variant,
             f"{result.timing.us:.2f}",
             f"{result.timing.host_us:.0f}",

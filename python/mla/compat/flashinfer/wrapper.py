@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...api import decode
-from ...checks import check_tensor
+from ...checks import check_scale, check_tensor
 from .arguments import Sizes, Structural, base_is_e, check_choice, check_needed, structural
 from .buffers import Buffers
 from .metadata import MLAPlanMetadata, one_form
@@ -120,6 +120,7 @@ class BatchMLAPagedAttentionWrapper:
         dense = (cum_seq_lens_q, block_tables, seq_lens, max_q_len)
         requests = one_form(metadata, MLAPlanMetadata(*flat, *dense))
         check_needed(causal=causal, sm_scale=sm_scale)
+        check_scale(sm_scale, "sm_scale")
         sizes = Sizes.of(
             num_heads, head_dim_ckv, head_dim_kpe, page_size, q_data_type, kv_data_type
         )
