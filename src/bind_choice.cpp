@@ -19,9 +19,9 @@ namespace mla {
 namespace {
 
 // The structs as Python's tuples of their fields.
-using CutFields = std::tuple<int32_t, int64_t, int64_t, int32_t, double, double, bool, double, double>;
+using CutFields = std::tuple<int32_t, int64_t, int64_t, int32_t, double, double, bool, double, double, double>;
 using ModelFields = std::tuple<int32_t, int32_t, double, double, double, double, double, double, double, double, double,
-                               double, double>;
+                               double, double, double, double>;
 
 template <class Struct, class Fields>
 Struct from_fields(const Fields& fields) {
@@ -30,8 +30,8 @@ Struct from_fields(const Fields& fields) {
 
 CutFields cut(int64_t b, int64_t rows, int64_t length, int32_t block_rows, int32_t block_n, int32_t num_workers) {
   const EqualCut c = cut_equal(b, rows, length, block_rows, block_n, num_workers);
-  return {c.group_size,    c.kv_rows,    c.query_rows,    c.filled_rows, c.longest,
-          c.further_items, c.long_items, c.further_parts, c.partial_rows};
+  return {c.group_size,    c.kv_rows,    c.query_rows,    c.filled_rows,  c.longest,
+          c.further_items, c.long_items, c.further_parts, c.partial_rows, c.busy};
 }
 
 std::tuple<double, double, double> times(const ModelFields& model, const CutFields& cut) {

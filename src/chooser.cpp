@@ -11,7 +11,8 @@ namespace {
 
 int64_t likely_len(const Sizes& sizes) {
   if (sizes.max_seq_len >= 0) return std::min(sizes.max_len, sizes.max_seq_len);
-  return sizes.max_len > 0 ? sizes.max_len - sizes.page_size / 2 : 0;
+  if (sizes.max_len <= sizes.page_size) return schedule::ceil_div<int64_t>(sizes.max_len, 4);
+  return sizes.max_len - sizes.page_size / 2;
 }
 
 }  // namespace

@@ -10,7 +10,7 @@ EqualCut cut_equal(int64_t num_requests, int64_t rows, int64_t length, int32_t b
                    int32_t num_workers) {
   const schedule::Shape shape{block_rows, block_n, 0};
   const int64_t row_blocks = schedule::ceil_div<int64_t>(rows, block_rows);
-  if (num_requests == 0 || row_blocks == 0) return {1, 0, 0, 0, 0, 0, false, 0, 0};
+  if (num_requests == 0 || row_blocks == 0) return {1, 0, 0, 0, 0, 0, false, 0, 0, 0};
   const int64_t tiles = std::max<int64_t>(schedule::ceil_div<int64_t>(length, block_n), 1);
   const int64_t overhead = schedule::overhead_units(shape), span = tiles + overhead;
   int64_t units_by_size[schedule::kMaxGroupSize];
@@ -29,6 +29,7 @@ EqualCut cut_equal(int64_t num_requests, int64_t rows, int64_t length, int32_t b
   cut.query_rows = num_requests * rows;
   cut.filled_rows = static_cast<int32_t>(std::min<int64_t>(rows, block_rows));
   cut.long_items = tiles > 1;
+  cut.busy = static_cast<double>(cuts.num_groups) * size / num_workers;
   double pieces = 0;  // of items that are split
   const double range = static_cast<double>(cuts.units_per_group);
   if (cuts.item_span == 0) {  // cuts fall anywhere

@@ -16,6 +16,7 @@ struct EqualCut {
   bool long_items;       // whether an item has more than one tile
   double further_parts;  // of an item
   double partial_rows;   // 0 if nothing is split
+  double busy;           // share of the workers that have work
 };
 
 // Of requests with `rows` query rows and `length` KV tokens, for num_workers > 0.

@@ -38,9 +38,11 @@ Times times_of(const Model& model, const EqualCut& cut) {
                     static_cast<double>(cut.query_rows) * model.query_us;
   times.compute_us = cut.longest * (cut.group_size == 1 ? model.tile_row_us : model.shared_row_us) +
                      cut.further_items * (model.item_us + item_us);
-  times.rest_us = model.start_us + (cut.query_rows > 0 ? item_us : 0);
-  if (cut.partial_rows > 0)
+  times.rest_us = model.start_us + model.busy_us * cut.busy + (cut.query_rows > 0 ? item_us : 0);
+  if (cut.partial_rows > 0) {
     times.rest_us += model.split_us + cut.further_parts * model.part_us + cut.partial_rows * model.merge_us;
+    if (cut.further_parts == 1) times.rest_us += model.pair_us;
+  }
   return times;
 }
 

@@ -11,10 +11,12 @@ namespace mla {
 struct Model {
   int32_t block_rows, block_n;
   double start_us;
+  double busy_us;        // where all workers have work, else less
   double row_us;         // a query row of an item
   double tiles_us;       // an item of more than one tile
   double item_us;        // a further item of a worker
   double split_us;       // where items are split
+  double pair_us;        // where items have two parts
   double part_us;        // a further part of an item
   double merge_us;       // a partial row
   double read_us;        // a KV row from memory

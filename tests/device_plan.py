@@ -24,7 +24,7 @@ SHAPES: dict[Shape, str] = {  # and a variant that has it
 }
 MAX_GROUP_SIZE = 8  # of schedule.h
 MERGES_FIRST, LEAVES_LAST = 1, 2  # of params.h
-PART_TOKENS, MAX_LONG_PARTS, MAX_SHORT_PARTS = 1024, 64, 4  # of parts.h
+PART_TOKENS, MAX_PARTS = 1024, 64  # of parts.h
 
 
 @dataclass(frozen=True)
@@ -338,8 +338,8 @@ def max_partials(batch: Batch, shape: Shape) -> int:
         row_blocks // b if isinstance(batch.q_lens, int) and row_blocks else 1
     ):
         return 0
-    long_parts = min(-(-max_len // PART_TOKENS), math.ceil(math.sqrt(max_len) / 8), MAX_LONG_PARTS)
-    return b * long_parts + MAX_SHORT_PARTS * row_blocks
+    parts = min(-(-max_len // PART_TOKENS), math.ceil(math.sqrt(max_len) / 8), MAX_PARTS)
+    return b * parts + row_blocks
 
 
 def part_sizes(

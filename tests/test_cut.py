@@ -27,6 +27,7 @@ class Cut(NamedTuple):
     long_items: bool
     further_parts: float
     partial_rows: float
+    busy: float
 
 
 def cut(*sizes: int) -> Cut:
@@ -77,9 +78,13 @@ def test_equal_lengths(b: int, h_q: int, s_q: int, length: int, tile: tuple[int,
     bundles = -(-schedule.row_blocks(0) // schedule.group_size)
     assert found.kv_rows == b * bundles * length
     assert found.query_rows == b * s_q * h_q
+    # The last row blocks of a request may leave workers of their group without work.
+    assert (
+        len(tiles) <= found.busy * WORKERS <= len(tiles) + schedule.group_size * schedule.num_groups
+    )
 
 
 def test_nothing_to_do() -> None:
-    nothing = (1, 0, 0, 0, 0, 0, False, 0, 0)
+    nothing = (1, 0, 0, 0, 0, 0, False, 0, 0, 0)
     assert cut(0, 16, 100, 16, 64) == cut(3, 0, 100, 16, 64) == nothing
     assert cut(3, 16, 0, 16, 64).longest == 64  # a request without KV has one tile

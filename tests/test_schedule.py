@@ -149,7 +149,7 @@ class TestBatchInvariant:
         assert {block: cuts for (_, block), cuts in ragged.cuts().items()} == want
         assert {block: cuts for (i, block), cuts in among.cuts().items() if i == at} == want
 
-    @pytest.mark.parametrize(("length", "parts"), [(1024, 1), (1025, 2), (4096, 5), (131072, 45)])
+    @pytest.mark.parametrize(("length", "parts"), [(1024, 1), (1025, 2), (4096, 4), (131072, 43)])
     def test_parts_of_one_row_block(self, length: int, parts: int) -> None:
         assert len(check([length], batch_invariant=True).pieces) == parts
 
@@ -157,7 +157,7 @@ class TestBatchInvariant:
         for row_blocks in (1, 2, 4):
             h_q = 16 * row_blocks
             pieces = check([1_000_000], h_q=h_q, batch_invariant=True).pieces
-            assert 48 <= len(pieces) <= 64 + 4 * row_blocks
+            assert 48 <= len(pieces) <= 64 + row_blocks
 
     @pytest.mark.parametrize("b", [16, 17, 24, 33, 64, 100, 128, 150, 256])
     @pytest.mark.parametrize("length", [4096, 8192, 32768, 131072])
@@ -171,7 +171,7 @@ class TestBatchInvariant:
 
 
 # The most that test_large_batches_are_level finds.
-LEVEL = {4096: 2.07, 8192: 1.46, 32768: 1.17, 131072: 1.1}
+LEVEL = {4096: 2.07, 8192: 1.95, 32768: 1.17, 131072: 1.17}
 
 
 @both_modes

@@ -92,17 +92,17 @@ def test_workspace_formula(variant: Variant) -> None:
 
 @each
 @pytest.mark.parametrize(
-    ("max_len", "long_parts"),
+    ("max_len", "parts"),
     [(1025, 2), (4096, 4), (16384, 16), (65537, 33), (131072, 46), (10**6, 64)],
 )
-def test_batch_invariant_workspace_formula(variant: Variant, max_len: int, long_parts: int) -> None:
+def test_batch_invariant_workspace_formula(variant: Variant, max_len: int, parts: int) -> None:
     """What python/mla/workspace.py documents, uniform and ragged."""
     for ragged in (False, True):
         sizes = SIZES._replace(batch_invariant=True, ragged=ragged)
         row_blocks = 7 * -(-SIZES.h_q // variant.block_rows)
         if ragged:
             row_blocks = -(-7 * SIZES.h_q // variant.block_rows) + 7
-        slots = 7 * long_parts + 4 * row_blocks
+        slots = 7 * parts + row_blocks
         if max_len <= 1024 * (1 if ragged else row_blocks // 7):
             slots = 0
         needed = workspace.bytes_needed(variant, sizes, 132, max_len)

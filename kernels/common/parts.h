@@ -1,7 +1,7 @@
 // The schedule of the batch-invariant mode: which KV tokens are added up together, and in which order the sums are merged, follows from
 // the length and the rows of a request alone.
 //
-// The tiles of an item (schedule.h) are cut into parts, long ones and at the end some short ones. A part is a piece with a partial
+// The tiles of an item (schedule.h) are cut into parts, long ones and at the end one or two short ones. A part is a piece with a partial
 // result of its own; an item of one part is final. Parts are not cut further, so that groups cannot get equal shares: the long parts of
 // all items are laid on a line, which is cut evenly, and each falls to the group in whose range its middle lies. The short ones, on a
 // line of their own, fill all groups to one level.
@@ -24,13 +24,12 @@ using schedule::Shape;
 // Long parts have this many tokens at least, and 8 sqrt(len) at least: longer requests can do with fewer of them, and each costs
 // an overhead and a partial result. As many times more as the request has row blocks, which are as many parts again.
 constexpr int kPartTokens = 1024, kPartTokensSquaredPerToken = 64;
-// A request has at most so many long parts over all its row blocks.
-constexpr int kMaxLongParts = 64;
-constexpr int kMaxShortParts = 4;
+// A request has at most so many parts over all its row blocks, and one more for each row block.
+constexpr int kMaxParts = 64;
 // A part costs about as much more as this many tokens: Q, the first KV, the partial result.
 constexpr int kPartOverheadTokens = 128;
 // Two warpgroups that take tiles in turn must begin every part alike, whatever they did before, so all parts are pairs of tiles; that
-// behind an odd end is empty. This divides parts of every length into pairs of tiles of up to 64 tokens, and their halves too.
+// behind an odd end is empty. This divides long parts of every length into pairs of tiles of up to 64 tokens.
 constexpr int kPartGranularity = 256;
 
 // How an item is cut. The last part is as long as it comes.
@@ -50,7 +49,7 @@ MLA_HD int32_t part_tokens(int32_t len) {
   MLA_ROLLED
   while (int64_t{tokens} * tokens < int64_t{kPartTokensSquaredPerToken} * len)
     tokens += tokens / 4 / kPartGranularity * kPartGranularity;
-  const int32_t least = blocks_of(len, kMaxLongParts);
+  const int32_t least = blocks_of(len, kMaxParts);
   return tokens < least ? blocks_of(least, kPartGranularity) * kPartGranularity : tokens;
 }
 
@@ -65,25 +64,24 @@ MLA_HD Cut make_cut(const Request& r, Shape shape) {
     return cut;
   }
   cut.long_tiles = static_cast<int32_t>(tokens >> log2_of(shape.block_n));
-  cut.long_parts = quotient(cut.tiles, cut.long_tiles) - 1;
-  const int32_t rest = cut.tiles - cut.long_parts * cut.long_tiles;  // from one long part up to two
-  const int32_t halves = cut.long_parts > 0 ? ceil_div(rest, cut.long_tiles / 2) : 2;
-  cut.short_tiles = ceil_div(rest, 2 * halves) * 2;
-  cut.short_parts = ceil_div(rest, cut.short_tiles);
+  cut.long_parts = quotient(cut.tiles - cut.long_tiles / 2, cut.long_tiles);
+  const int32_t rest = cut.tiles - cut.long_parts * cut.long_tiles;  // from half of a long part up to one and a half
+  cut.short_parts = rest > cut.long_tiles ? 2 : 1;
+  cut.short_tiles = ceil_div(rest, 2 * cut.short_parts) * 2;
   return cut;
 }
 
-// Of partial results, for all requests of a batch, whatever their lengths: of a row block each. A request has at most as many long parts
-// as its longest possible length has, over all its row blocks, and kMaxShortParts short ones for each of them.
+// Of partial results, for all requests of a batch, whatever their lengths: of a row block each. A request has at most as many as long
+// parts fit into its longest possible length, and one more for each row block.
 inline int64_t max_partials(const Lengths& lengths, Shape shape) {
   const int64_t len = clamp<int64_t>(lengths.max_len, 0, schedule::kMaxLen);
   const int64_t row_blocks = schedule::max_items(lengths, shape);
   const int64_t of_each =
       lengths.cu_seqlens_q || row_blocks == 0 ? 1 : schedule::row_blocks_of(lengths, shape, lengths.s_q);
   if (len <= kPartTokens * of_each) return 0;
-  int64_t long_parts = clamp<int64_t>(blocks_of(len, kPartTokens), 1, kMaxLongParts);
-  while (kPartTokensSquaredPerToken * (long_parts - 1) * (long_parts - 1) >= len) --long_parts;
-  return lengths.num_requests * long_parts + kMaxShortParts * row_blocks;
+  int64_t parts = clamp<int64_t>(blocks_of(len, kPartTokens), 1, kMaxParts);
+  while (kPartTokensSquaredPerToken * (parts - 1) * (parts - 1) >= len) --parts;
+  return lengths.num_requests * parts + row_blocks;
 }
 inline int64_t max_pieces(const Lengths& lengths, Shape shape) {
   const int64_t partials = max_partials(lengths, shape), items = schedule::max_items(lengths, shape);
@@ -125,7 +123,7 @@ MLA_HD int32_t item_units(const Cut& cut, Shape shape) {
 // As schedule::is_small. What is small here keeps the planner's own in shared memory, too.
 constexpr int kSmallBatch = 2048, kSmallWorkers = 255;
 inline bool is_small(const Lengths& lengths, Shape shape, int32_t num_workers) {
-  const int64_t overheads = (kMaxLongParts + kMaxShortParts) * part_overhead(shape);
+  const int64_t overheads = (kMaxParts + 1) * part_overhead(shape);
   return lengths.num_requests <= kSmallBatch && num_workers <= kSmallWorkers &&
          schedule::units_are_few(lengths, shape, overheads);
 }

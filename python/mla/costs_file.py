@@ -11,30 +11,33 @@ from typing import Any, NamedTuple
 
 from .variants import VARIANTS
 
-FORMAT = 2
+FORMAT = 3
 
 
 class Costs(NamedTuple):
     """What limits the variants of one class (pipeline and image set) on one GPU."""
 
     start_us: float  # a call without work: launches, the first KV, one tile's chain, writing
+    busy_us: float  # what it takes longer where all workers begin with it at once
     row_us: float  # a query row of an item, into its tile and out of it
     tiles_us: float  # an item of more than one tile
     item_us: float  # each further item of a worker, beside its rows and tiles
     split_us: float  # a call with items that are split
+    pair_us: float  # where the items that are split have two parts, as the later worker merges them
     part_us: float  # each further part of an item that is split
     merge_gbs: float  # partial results, written and read once
     bandwidth_gbs: float
     small_pages: float  # by this share reading takes longer where pages have at most 16 tokens
+    box_start_us: float  # what a call takes longer with pages that TMA has boxes for: their maps
     copy_gbs_per_sm: float  # into shared memory, of pages that TMA has no boxes for; 0: no limit
-    copy_start_us: float  # what a call takes longer with such pages
+    copy_start_us: float  # what a call takes longer with other pages
     shared_copy: float  # by this share copying takes longer where row blocks share KV
     tflops_per_sm: Mapping[int, float]  # by packed rows of a tile, padding included, at 576/512
 
 
 MAY_BE_ZERO = (
-    *("row_us", "tiles_us", "item_us", "split_us", "part_us"),
-    *("small_pages", "copy_gbs_per_sm", "copy_start_us", "shared_copy"),
+    *("busy_us", "row_us", "tiles_us", "item_us", "split_us", "pair_us", "part_us"),
+    *("small_pages", "box_start_us", "copy_gbs_per_sm", "copy_start_us", "shared_copy"),
 )
 
 

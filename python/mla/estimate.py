@@ -18,7 +18,7 @@ PAGE_OF_FULL_RATE = 64  # tokens; smaller pages are read more slowly, down to 16
 
 
 # What the schedule makes of requests of one length: the fields of EqualCut in src/cut.h.
-Cut: TypeAlias = tuple[int, int, int, int, float, float, bool, float, float]
+Cut: TypeAlias = tuple[int, int, int, int, float, float, bool, float, float, float]
 
 
 class Estimate(NamedTuple):
@@ -41,10 +41,12 @@ class Model(NamedTuple):
     block_rows: int
     block_n: int
     start_us: float
+    busy_us: float  # where all workers have work, else less
     row_us: float  # a query row of an item
     tiles_us: float  # an item of more than one tile
     item_us: float  # a further item of a worker
     split_us: float  # where items are split
+    pair_us: float  # where items have two parts
     part_us: float  # a further part of an item
     merge_us: float  # a partial row
     read_us: float  # a KV row from memory
@@ -83,7 +85,7 @@ def model_of(variant: Variant, kind: Kind, found: Costs) -> Model:
     slower = 1 + found.small_pages * (PAGE_OF_FULL_RATE / run - 1) / 3
     dims = (1 - FIXED_SHARE) * (kind.d_qk + kind.d_v) + FIXED_SHARE * MEASURED_DIMS
     tile_row_us = 2 * variant.block_rows * dims / (found.tflops_per_sm[variant.block_rows] * 1e6)
-    shared_row_us, start_us = tile_row_us, found.start_us
+    shared_row_us, start_us = tile_row_us, found.start_us + (found.box_start_us if boxes else 0.0)
     if found.copy_gbs_per_sm and not boxes:
         copy_us = kind.d_qk * size / (found.copy_gbs_per_sm * 1e3)
         tile_row_us = max(tile_row_us, copy_us)
@@ -94,10 +96,12 @@ def model_of(variant: Variant, kind: Kind, found: Costs) -> Model:
         block_rows=variant.block_rows,
         block_n=variant.block_n,
         start_us=start_us,
+        busy_us=found.busy_us,
         row_us=found.row_us * columns / MEASURED_DIMS,
         tiles_us=found.tiles_us,
         item_us=found.item_us,
         split_us=found.split_us,
+        pair_us=found.pair_us,
         part_us=found.part_us,
         merge_us=(2 * kind.d_v + 36) / (found.merge_gbs * 1e3),  # partials.cuh
         read_us=kind.d_qk * size * slower / (found.bandwidth_gbs * 1e3),

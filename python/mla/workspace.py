@@ -10,8 +10,8 @@ ceil(total_q * h_q / block_rows) + b. With `batch_invariant`
 
     schedule  48 + 64 * num_workers + 32 * max(slots, row_blocks) + 32 * row_blocks
               + 28 * (b + 1) + 16 * (num_workers + 1) bytes, rounded up to 256; none with a plan
-    slots     b * long_parts + 4 * row_blocks, long_parts the least of max_len / 1024,
-              sqrt(max_len) / 8, each rounded up, and 64; none if no request can be longer than
+    slots     b * parts + row_blocks, parts the least of max_len / 1024, sqrt(max_len) / 8, each
+              rounded up, and 64; none if no request can be longer than
               1024 tokens for each of its row blocks (1024 if the query is ragged)
 
 where max_len is what a row of the block table reaches, or what the plan was made for. One buffer is
