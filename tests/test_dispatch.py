@@ -137,9 +137,10 @@ class TestGolden:
             if b * max(kv_len // 128, 1) >= where.sm_count:
                 gain = min(predicted_us(v, asked, where) for v in usual)
                 assert gain <= 1.25 * predicted_us(variant, asked, where), (b, kv_len)
-            elif variant.block_rows > usual[0].block_rows:  # of one tile: they take as long
+            elif variant.block_rows > usual[0].block_rows:
+                # Of one tile, or of two where the usual ones are smaller: they take as long.
                 least = min(predicted_us(v, asked, where) for v in usual)
-                assert least <= 1.05 * predicted_us(variant, asked, where), (b, kv_len)
+                assert least <= 1.1 * predicted_us(variant, asked, where), (b, kv_len)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("page_size", [1, 3, 16, 64, 480])
