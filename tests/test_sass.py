@@ -260,8 +260,8 @@ def test_sm80_groups_of_warps_wait_for_kv_and_for_themselves(variant: dict[str, 
     ring_bytes = variant["stages"] // groups * variant["block_n"] * (variant["d_qk"] + 8) * 2
     own_copies = variant["block_rows"] == 16 and ring_bytes <= 64 << 10
     warp_arrivals = (variant["block_rows"], variant["block_n"], variant["d_v"]) == (64, 16, 512)
-    # To begin, if there are mbarriers; to give and take O at the end of a piece, twice where there are
-    # more than two groups.
+    # To begin, if there are mbarriers; to give and take O at the end of a piece, twice with more
+    # than two groups.
     cta_barriers = (not own_copies) + 2 * (variant["block_rows"] == 16) * min(groups - 1, 2)
     for (arch, name), text in code(variant["name"]).items():
         barriers = re.findall(r"\bBAR\.SYNC\S* (R?\w+)(?:, (\w+))? ;", text)
