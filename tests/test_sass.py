@@ -257,12 +257,13 @@ def test_sm80_uses_the_units_it_is_written_for(variant: dict[str, Any]) -> None:
 @each_variant("sm80")
 def test_sm80_groups_of_warps_wait_for_kv_and_for_themselves(variant: dict[str, Any]) -> None:
     """Warps wait for their own copies or at mbarriers; few barriers are those of the whole CTA."""
-    group_threads, groups = 128, variant["warps"] // 4
+    group_warps = variant["d_v"] // 128 if variant["block_rows"] == 16 else 4
+    group_threads, groups = 32 * group_warps, variant["warps"] // group_warps
     ring_bytes = variant["stages"] // groups * variant["block_n"] * (variant["d_qk"] + 8) * 2
     own_copies = variant["block_rows"] == 16 and ring_bytes <= 64 << 10
     warp_arrivals = (variant["block_rows"], variant["block_n"], variant["d_v"]) == (64, 16, 512)
-    # To begin, if there are mbarriers; to give and take O at the end of a piece, twice with a third
-    # group.
+    # To begin, if there are mbarriers; to give and take O at the end of a piece, twice with more
+    # than two groups.
     cta_barriers = (not own_copies) + 2 * (variant["block_rows"] == 16) * min(groups - 1, 2)
     for (arch, name), text in code(variant["name"]).items():
         barriers = re.findall(r"\bBAR\.SYNC\S* (R?\w+)(?:, (\w+))? ;", text)

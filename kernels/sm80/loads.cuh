@@ -97,14 +97,14 @@ struct Loads {
     copy.to = at.kv(stage, first_row + me.copy_row(), me.copy_chunk() * 8);
     if constexpr (!S::own_columns) {
       copy.rope_to = copy.to + S::v_chunks * 16;
-    } else if constexpr (S::rope_copies > 0) {  // two lanes a row
+    } else if constexpr (S::rope_copies > 0) {
 #pragma unroll
       for (int i = 0; i < S::rope_sets; ++i) {
         RowAddress row;
-        load_shared_struct(row, at.address(first_address + i * 16 + me.lane() / 2));
+        load_shared_struct(row, at.address(first_address + i * S::rope_rows + me.lane() / S::rope_threads));
         copy.rope[i] = row.rope;
       }
-      copy.rope_to = at.kv(stage, me.lane() / 2, C::d_v + me.rope_chunk() * 8);
+      copy.rope_to = at.kv(stage, me.lane() / S::rope_threads, C::d_v + me.rope_chunk() * 8);
     }
     return copy;
   }
@@ -120,10 +120,9 @@ struct Loads {
       cp_async_16<line * step>(copy.to + set * S::copy_rows * S::kv_row, row + me.copy_chunk() * 8, row != nullptr);
     } else if constexpr (S::own_columns) {
       const uint16_t* row = copy.rope[Part::value];
-      if (me.rope_chunk() < S::row_chunks - S::v_chunks)
-        cp_async_16<0>(copy.rope_to + Part::value * 16 * S::kv_row, row + me.rope_chunk() * 8, row != nullptr);
+      cp_async_16<0>(copy.rope_to + Part::value * S::rope_rows * S::kv_row, row + me.rope_chunk() * 8, row != nullptr);
     } else {
-      constexpr int left = S::row_chunks - S::v_chunks - Part::value * S::copy_threads;
+      constexpr int left = S::rope_chunks - Part::value * S::copy_threads;
       if (left >= S::copy_threads || me.copy_chunk() < left)
         cp_async_16<Part::value * step>(copy.rope_to, copy.rope[0] + me.copy_chunk() * 8, copy.latent[0] != nullptr);
     }

@@ -85,9 +85,9 @@ struct Memory {
   __device__ __forceinline__ uint32_t given_stage(int of_group) const {
     return group(of_group, offsetof(Group, given_stage));
   }
-  __device__ __forceinline__ uint32_t given(int of_group, int stage) const {
+  __device__ __forceinline__ uint32_t given(int of_group, int stage, int member) const {
     return smem + static_cast<uint32_t>(offsetof(Smem<C>, kv)) +
-           (of_group * S::ring_stages + stage) * static_cast<int>(C::block_n * S::kv_row) + me.member() * 16;
+           (of_group * S::ring_stages + stage) * static_cast<int>(C::block_n * S::kv_row) + member * 16;
   }
   __device__ __forceinline__ uint32_t address(int row) const {
     return group(me.group(), offsetof(Group, addresses)) + row * static_cast<int>(sizeof(RowAddress));

@@ -7,7 +7,9 @@ namespace mla::sm80 {
 
 template <class C>
 struct Shape {
-  static constexpr int group_warps = 4, group_threads = 32 * group_warps, groups = C::warps / group_warps;
+  // Each warp of a group pays for a tile what a tile costs whatever its size. So where O leaves the registers, two warps share one.
+  static constexpr int group_warps = C::block_rows == 16 ? C::d_v / 128 : 4;
+  static constexpr int group_threads = 32 * group_warps, groups = C::warps / group_warps;
   static constexpr int tile_groups = C::block_rows == 16 ? groups : 1;  // groups that take tiles in turn
   static constexpr int row_groups = groups / tile_groups;  // groups that have different rows of the same tiles
   static constexpr int group_rows = C::block_rows / row_groups;
@@ -45,21 +47,24 @@ struct Shape {
   static constexpr int load_rows = C::block_n / row_groups;
   static constexpr int copy_threads = own_columns ? 8 : group_threads / load_rows;  // of a row, at once
   static constexpr int copy_rows = own_columns ? 4 : load_rows, copy_sets = load_rows / copy_rows;
-  static constexpr int row_chunks = C::d_qk / 8, v_chunks = C::d_v / 8;
+  static constexpr int row_chunks = C::d_qk / 8, v_chunks = C::d_v / 8, rope_chunks = row_chunks - v_chunks;
   static constexpr int copy_lines = v_chunks / copy_threads / (own_columns ? group_warps : 1);
-  static constexpr int rope_sets = own_columns ? load_rows / 16 : 1;
-  static constexpr int rope_lines = own_columns ? row_chunks > v_chunks
-                                                : (row_chunks - v_chunks + copy_threads - 1) / copy_threads;
+  static constexpr int rope_threads =
+      rope_chunks > 0 ? rope_chunks / group_warps : 2;  // of a row, with columns of its own
+  static constexpr int rope_rows = 32 / rope_threads;
+  static constexpr int rope_sets = own_columns ? load_rows / rope_rows : 1;
+  static constexpr int rope_lines = own_columns ? rope_chunks > 0 : (rope_chunks + copy_threads - 1) / copy_threads;
   static constexpr int rope_copies = rope_sets * rope_lines,
                        tile_copies = rope_copies + copy_sets * copy_lines;  // per thread
   // In the second half of the values only: ptxas lets no load of V pass a copy, and the other group has longer to leave the stage.
   static constexpr bool late_copies = tight && C::block_n > 16;
-  static constexpr int address_rows = own_columns || late_copies ? 128 : 64;  // KV rows that a group looks up at once
+  static constexpr int address_rows =
+      own_columns || late_copies ? group_threads : 64;  // KV rows that a group looks up at once
 
   static_assert(C::warps == groups * group_warps && (tile_groups > 1 ? groups >= 2 : groups == 2));
   static_assert(C::stages % tile_groups == 0 && ring_stages >= 2);
   static_assert(C::block_n % pass_tokens == 0 && warp_v % 16 == 0 && v_chunks % copy_threads == 0 && row_threads <= 32);
-  static_assert(!own_columns || (warp_v % 64 == 0 && load_rows % 16 == 0 && row_chunks - v_chunks <= 2 * group_warps));
+  static_assert(!own_columns || (warp_v % 64 == 0 && load_rows % 16 == 0 && rope_chunks % group_warps == 0));
   static_assert(!warp_arrivals || ring_stages == 4);
   static_assert(tile_groups == 1 || group_rows * C::d_v / 2 * 4 <= C::block_n * kv_row, "half of O fits into a stage");
   static_assert(C::d_v % (16 * group_warps) == 0 && address_rows % load_rows == 0 && address_rows <= group_threads);
@@ -88,7 +93,7 @@ struct Place {
   __device__ __forceinline__ int copy_chunk() const {
     return thread % S::copy_threads + (S::own_columns ? warp() * S::warp_v / 8 : 0);
   }
-  __device__ __forceinline__ int rope_chunk() const { return warp() * 2 + thread % 2; }
+  __device__ __forceinline__ int rope_chunk() const { return warp() * S::rope_threads + thread % S::rope_threads; }
 };
 
 // Among the threads of a group.

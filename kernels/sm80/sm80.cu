@@ -1,18 +1,19 @@
-// MLA decode for sm_80 and later: cp.async, ldmatrix, mma.sync. One persistent CTA of eight or twelve warps per SM.
+// MLA decode for sm_80 and later: cp.async, ldmatrix, mma.sync. One persistent CTA of eight warps per SM.
 //
 // A CTA walks the pieces that the schedule gives it. A piece is a block of packed query rows and a range of KV tiles; the result is
 // final (the piece is the whole item) or partial (combine.cu merges it). The KV tile is read from memory once and used twice,
 // as K (all d_qk columns) and as V (the first d_v), for every query row of the block.
 //
-// The warps form groups of four that never wait for one another but for KV: while one computes, the others wait, and the reverse.
-// With 32 and 64 rows there are two: each has half of the rows and both walk the same tiles; with 16 rows, two or three groups take
-// tiles in turn and their results are merged at the end of the piece. For one tile, a group computes
+// The warps form groups that never wait for one another but for KV: while one computes, the others wait, and the reverse. With 32
+// and 64 rows there are two of four warps: each has half of the rows and both walk the same tiles; with 16 rows, two of four warps,
+// or four of two where rows of KV are short, take tiles in turn and their results are merged at the end of the piece. For one tile, a
+// group computes
 //
-//   logits   S[rows, block_n] = Q K^T. Each warp has a quarter of the columns of d_qk; it keeps its part of Q in registers for the
+//   logits   S[rows, block_n] = Q K^T. Each warp has its share of the columns of d_qk; it keeps its part of Q in registers for the
 //            whole piece, so K is the only operand read from shared memory. It leaves its partial logits in shared memory.
-//   softmax  128 / rows neighbouring threads own a row: they add the partial logits, mask, keep the running max and sum, and
-//            leave P in shared memory in 16 bits.
-//   values   O[rows, d_v] += P V. Each warp owns a quarter of the columns, in registers.
+//   softmax  As many neighbouring threads own a row as there are threads: they add the partial logits, mask, keep the running max
+//            and sum, and leave P in shared memory in 16 bits.
+//   values   O[rows, d_v] += P V. Each warp owns its share of the columns, in registers.
 //
 // Between the steps of the products a later tile is copied: the group's share of it to the stage that was left last, or, where the
 // groups take tiles in turn, by each warp its own columns, behind its reads of them as V. Those columns nobody else reads.
