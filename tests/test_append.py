@@ -273,7 +273,7 @@ class TestLaunch:
         self, launches: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         turing = replace(by_name("A100"), name="T4", sm=75)  # type: ignore[type-var]
-        monkeypatch.setattr(append_module, "facts", lambda device: turing)
+        monkeypatch.setattr("mla.append_inputs.facts", lambda device: turing)
         with pytest.raises(mla.UnsupportedError, match=r"T4 .* compute capability 8.0 or later"):
             mla.append(**good())
 

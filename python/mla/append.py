@@ -9,11 +9,9 @@ from . import _mla, launch
 from .append_inputs import NewRows
 from .checks import DTYPES, INT32_MAX
 from .device import facts
-from .errors import UnsupportedError
 from .inputs import TensorOrPair, parts
 from .rope import rotate
 
-MIN_SM = 80
 _NONE: tuple[int, ...] = (0, 0)  # strides of what there is not
 
 
@@ -67,12 +65,6 @@ def append(
     )
     rows.check()
     device = facts(latent.device)
-    if device.type not in ("cpu", "cuda") or 0 < device.sm < MIN_SM:
-        raise UnsupportedError(
-            f"append: got tensors on {device}, expected a CPU or a GPU of compute capability "
-            f"{MIN_SM / 10} or later",
-            {},
-        )
     if latent.dtype not in DTYPES and device.type == "cuda":
         raise TypeError(f"latent: got {latent.dtype}, expected torch.bfloat16 or torch.float16")
     if positions.numel() == 0 or rows.b == 0:

@@ -18,10 +18,13 @@ from .checks import (
     shape_of,
     wrong,
 )
+from .device import facts
+from .errors import UnsupportedError
 from .inputs import check_pages
 from .known import once_per_layout
 from .outputs import check_apart
 
+MIN_SM = 80
 COLUMNS = 8  # what widths are multiples of
 # The last two on a CPU only, for checks in more precision than decode has.
 _DTYPES = (*DTYPES, torch.float32, torch.float64)
@@ -55,6 +58,13 @@ class NewRows:
     def check(self) -> None:
         """Everything but the tensors' values."""
         _check_layouts(*(getattr(self, name) for name in self.__slots__))
+        device = facts(self.latent.device)
+        if device.type not in ("cpu", "cuda") or 0 < device.sm < MIN_SM:
+            raise UnsupportedError(
+                f"append: got tensors on {device}, expected a CPU or a GPU of compute capability "
+                f"{MIN_SM / 10} or later",
+                {},
+            )
         read = {
             "latent": self.latent,
             "rope": self.rope,
