@@ -94,8 +94,8 @@ struct Results {
     }
   }
 
-  // ---- to memory: rows that exist. `x(m, n)`: what the thread has of row tile m and column tile first_tile + n, n < Tiles. `states`: of
-  // a row of the group. ----
+  // ---- to memory: rows that exist, and of the column tiles from `tile` on those from First on. `x(m, n)`: what the thread has of row tile
+  // m and column tile tile + n. `states`: of a row of the group. ----
 
   __device__ __forceinline__ void store_lse(const Piece& piece, const RowState& state) const {
     const int block_row = me.row_group() * S::group_rows + me.soft_row();
@@ -113,12 +113,11 @@ struct Results {
   static __device__ __forceinline__ float scale_of(const RowState& state) {
     return state.sum == 0.f ? 0.f : 1.f / state.sum;
   }
-  template <int Tiles, class X, class States>
-  __device__ __forceinline__ void store_partial(const Piece& piece, const X& x, const States& states,
-                                                int first_tile) const {
+  template <int First, int Tiles, class X, class States>
+  __device__ __forceinline__ void store_partial(const Piece& piece, const X& x, const States& states, int tile) const {
     constexpr int runs = Tiles / run_tiles;
     static_assert(Tiles % run_tiles == 0 && runs <= 4);
-    const int in_quad = me.thread % 4;
+    const int first_tile = tile + First, in_quad = me.thread % 4;
 #pragma unroll
     for (int m = 0; m < S::row_tiles; ++m) {
       const int row_tile = me.row_group() * S::row_tiles + m;
@@ -129,7 +128,7 @@ struct Results {
         const RowState state = states(m * 16 + me.quad() + half * 8);
         float sum = 0.f;
 #pragma unroll
-        for (int n = 0; n < Tiles; ++n) sum += fabsf(x(m, n)[half * 2]) + fabsf(x(m, n)[half * 2 + 1]);
+        for (int n = First; n < First + Tiles; ++n) sum += fabsf(x(m, n)[half * 2]) + fabsf(x(m, n)[half * 2 + 1]);
         const int exponent = run_exponent(lanes_sum<4>(sum) * scale_of(state));
         factor[half] = scale_of(state) * exp2_of(-exponent);
         if (in_quad < runs)
@@ -138,22 +137,21 @@ struct Results {
       }
       uint4* to = partial_fragment(p, C::block_rows, C::d_v, work.slot_of(piece), row_tile, first_tile / 2);
 #pragma unroll
-      for (int n = 0; n < Tiles; n += 2) to[n / 2 * 32] = pack_partial(x(m, n), factor);
+      for (int n = 0; n < Tiles; n += 2) to[n / 2 * 32] = pack_partial(x(m, First + n), factor);
     }
   }
-  template <int Tiles, class X, class States>
-  __device__ __forceinline__ void store_output(const Piece& piece, const X& x, const States& states,
-                                               int first_tile) const {
+  template <int First, int Tiles, class X, class States>
+  __device__ __forceinline__ void store_output(const Piece& piece, const X& x, const States& states, int tile) const {
 #pragma unroll
     for (int half = 0; half < 2 * S::row_tiles; ++half) {
       const int group_row = half * 8 + me.quad(), block_row = me.row_group() * S::group_rows + group_row;
       const auto row = work.row_of(piece, block_row);  // not later: ptxas then loads K late, in the loop (sm80.md)
       const bool exists = block_row < work.num_rows_of(piece);
       const float scale = scale_of(states(group_row));
-      auto* to = static_cast<uint16_t*>(p.out) + offset_of(row, p.out_strides) + first_tile * 8;
+      auto* to = static_cast<uint16_t*>(p.out) + offset_of(row, p.out_strides) + tile * 8;
       // The four threads of a row exchange words, so that each stores 16 bytes at once.
 #pragma unroll
-      for (int n = 0; n < Tiles; n += 4) {
+      for (int n = First; n < First + Tiles; n += 4) {
         uint32_t words[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -165,17 +163,16 @@ struct Results {
       }
     }
   }
-  template <int Tiles, class X, class States>
-  __device__ __forceinline__ void store_tiles(const Piece& piece, const X& x, const States& states,
-                                              int first_tile) const {
-    if (piece.partial_slot >= 0) store_partial<Tiles>(piece, x, states, first_tile);
-    else store_output<Tiles>(piece, x, states, first_tile);
+  template <int First, int Tiles, class X, class States>
+  __device__ __forceinline__ void store_tiles(const Piece& piece, const X& x, const States& states, int tile) const {
+    if (piece.partial_slot >= 0) store_partial<First, Tiles>(piece, x, states, tile);
+    else store_output<First, Tiles>(piece, x, states, tile);
   }
   template <class First>
   __device__ __forceinline__ void store_o(const Piece& piece, First) const {
-    store_tiles<kept_tiles>(
-        piece, [&](int m, int n) { return &o[m][First::value + n][0]; }, [&](int row) { return final_state(row); },
-        me.warp() * column_tiles + First::value);
+    store_tiles<First::value, kept_tiles>(
+        piece, [&](int m, int n) { return &o[m][n][0]; }, [&](int row) { return final_state(row); },
+        me.warp() * column_tiles);
   }
 
   // ---- all of it. `state`: of the thread's row. `stage`: that of the group's last tile; negative: it had none ----
@@ -198,7 +195,7 @@ struct Results {
         if (run_half() == half.value) take_run(x, merged);
         __syncthreads();  // all of that has been taken
       });
-      store_tiles<run_tiles>(
+      store_tiles<0, run_tiles>(
           piece, [&](int, int n) { return &x[n][0]; }, [&](int row) { return merged[row / 8].state; },
           run() * run_tiles);
     } else if constexpr (S::tile_groups > 1) {
