@@ -49,12 +49,16 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
 
   // ---- queries: fragments of the group's rows and this warp's share of d_qk ----
 
-  // Number k of a warp is step warp + 4 k, so that all warps turn from the latent to RoPE at once; of the latent it may be step k of
-  // the warp's own columns instead.
+  // Number k of a warp is step warp + group_warps k, so that all warps turn from the latent to RoPE at once; or step k of the warp's own
+  // columns, those of the latent first.
   uint32_t q[S::row_tiles][S::warp_k_steps][4];
   constexpr int own_steps = S::own_columns ? S::warp_v / 16 : 0;
+  constexpr int rope_steps = own_steps > 0 && S::warp_k_steps > own_steps ? S::warp_k_steps - own_steps : 1;
+  auto first_of_round = [](int k) {  // of all warps' steps
+    return own_steps > 0 ? own_steps * S::group_warps + k - own_steps : k * S::group_warps;
+  };
   auto k_column = [&](int k) {
-    return k < own_steps ? me.warp() * S::warp_v + k * 16 : (k * S::group_warps + me.warp()) * 16;
+    return k < own_steps ? me.warp() * S::warp_v + k * 16 : (first_of_round(k) + me.warp() * rope_steps) * 16;
   };
   auto has_k_step = [&](int k) {  // false in the last round if the warps do not divide the steps
     return (k + 1) * S::group_warps <= S::k_steps || k * S::group_warps + me.warp() < S::k_steps;
@@ -89,7 +93,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
 
   auto compute_logits = [&](int stage) {
     const int token = me.thread % 8 + me.thread / 16 % 2 * 8, chunk = me.thread / 8 % 2 * 8;
-    const uint32_t k_tile = at.kv(stage, token, me.warp() * 16 + chunk),
+    const uint32_t k_tile = at.kv(stage, token, me.warp() * rope_steps * 16 + chunk),
                    own_tile = at.kv(stage, token, k_column(0) + chunk);
     const uint32_t to = at.logits(me.warp(), me.quad(), me.pair());
     unrolled<C::block_n / S::pass_tokens>([&](auto pass) {
@@ -97,7 +101,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
       float s[S::logit_chains][S::row_tiles][S::pass_tokens / 8][4] = {};
       uint32_t b[2][S::pass_tokens / 16][4];  // this step's and the next one's
       auto load_k = [&](auto k) {
-        constexpr int column = k.value < own_steps ? k.value * 16 : k.value * S::group_warps * 16;
+        constexpr int column = (k.value < own_steps ? k.value : first_of_round(k.value)) * 16;
         if (k.value < S::warp_k_steps && has_k_step(k.value)) {
 #pragma unroll
           for (int n = 0; n < S::pass_tokens / 16; ++n)
