@@ -394,8 +394,8 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
             }
           }
         fence_proxy_async();
-        named_barrier_sync(kMaxReady + warpgroup, kWarpgroupThreads);  // with itself: all have fenced their reads
-        if (lane < at.exchange_chunks)                                 // pairs with the producer's wait, a round later
+        __syncwarp();                   // all lanes have fenced their reads
+        if (lane < at.exchange_chunks)  // pairs with the producer's wait, a round later
           mbarrier_arrive(at.free(slot_behind<C>(slot, lane)));
       }
       float scale[columns * 2], other[columns * 2] = {};

@@ -40,7 +40,8 @@ NOT_FOLLOWED = "control_warp_arrivals"
 WARP_ARRIVALS = [
     row.name
     for row in GPU_ROWS
-    if row.pipeline == "sm80" and (row.block_rows, row.block_n, row.d_v) == (64, 16, 512)
+    if (row.pipeline == "sm80" and (row.block_rows, row.block_n, row.d_v) == (64, 16, 512))
+    or row.pipeline == "sm90_swap"  # that what warpgroups exchange in a tile has been read
 ]
 
 Run = tuple[str, int, str]  # tool, d_qk, planted fault
