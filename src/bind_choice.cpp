@@ -48,6 +48,8 @@ void bind_choice(nb::module_& m) {
         "Microseconds for memory, for tiles, and for the rest, by the fields of Model in src/model.h.");
   m.def("overlapped", &overlapped, "a"_a, "b"_a,
         "The time of two that run side by side: the longer one, and more where they are alike.");
+  m.def("likely_len", &likely_len, "max_len"_a, "page_size"_a, "max_seq_len"_a,
+        "KV tokens that a request counts with where lengths are not known. A max_seq_len below 0 stands for none.");
   nb::class_<Chooser>(m, "Chooser", "Chooses among the variants that can run a kind of problem.")
       .def(
           "__init__",

@@ -7,15 +7,12 @@
 #include "common/schedule.h"
 
 namespace mla {
-namespace {
 
-int64_t likely_len(const Sizes& sizes) {
-  if (sizes.max_seq_len >= 0) return std::min(sizes.max_len, sizes.max_seq_len);
-  if (sizes.max_len <= sizes.page_size) return schedule::ceil_div<int64_t>(sizes.max_len, 4);
-  return sizes.max_len - sizes.page_size / 2;
+int64_t likely_len(int64_t max_len, int64_t page_size, int64_t max_seq_len) {
+  if (max_seq_len >= 0) return std::min(max_len, max_seq_len);
+  if (max_len <= page_size) return schedule::ceil_div<int64_t>(max_len, 4);
+  return max_len - page_size / 2;
 }
-
-}  // namespace
 
 Chooser::Chooser(const std::vector<std::string>& names, const std::vector<Model>& models, int32_t num_workers)
     : num_workers_(num_workers) {
@@ -26,7 +23,7 @@ Chooser::Chooser(const std::vector<std::string>& names, const std::vector<Model>
 
 const Variant& Chooser::fastest(const Sizes& sizes) const {
   const int64_t rows = schedule::ceil_div<int64_t>(sizes.total_q * sizes.h_q, std::max<int64_t>(sizes.b, 1));
-  const int64_t length = likely_len(sizes);
+  const int64_t length = likely_len(sizes.max_len, sizes.page_size, sizes.max_seq_len);
   const Variant* best = nullptr;
   double best_us = std::numeric_limits<double>::infinity();
   for (const Rival& rival : rivals_) {

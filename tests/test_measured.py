@@ -66,6 +66,28 @@ def test_all_cases_against_the_best_of_the_others() -> None:
     assert said.groups() == tuple(f"{figure:.2f}" for figure in figures)
 
 
+def test_other_runs_of_all_cases() -> None:
+    """Pipelines forced in turns; the calls replayed as graphs, and with the plan in the clock."""
+    cases, best = by_id("cases"), best_of_others()
+
+    def ratio(run: str) -> str:
+        ours = by_id(f"h200/{run}")
+        return f"{geomean(best[case] / ours[case]['us'] for case in cases):.2f}x"
+
+    said = r"{}`?(?:\s+forced)?\s+([\d.]+x)"
+    for pipeline in ("sm90_3wg", "sm90_2wg", "sm90_swap"):
+        (record,) = (BENCHMARKS / "h200").glob(f"cases.{pipeline}_*_d576.json")
+        found = re.search(said.format(pipeline), MEASURED)
+        assert found is not None
+        assert found[1] == ratio(f"cases.{record.name.split('.')[1]}"), pipeline
+    replayed = re.search(r"longer\s+in\s+the\s+mean,\s+([\d.]+x)", MEASURED)
+    planning = re.search(r"in\s+the\s+clock\s+dispatch\s+is\s+at\s+([\d.]+x)", MEASURED)
+    assert replayed is not None
+    assert planning is not None
+    assert replayed[1] == ratio("cases.replayed")
+    assert planning[1] == ratio("cases.planning")
+
+
 def test_sm80() -> None:
     cases = by_id("fa2_cases")
     ours = [by_id(f"h200/fa2_cases.ampere_{kib}k") for kib in (163, 99)]

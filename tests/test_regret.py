@@ -15,8 +15,8 @@ from test_bench import BENCHMARKS
 
 MEAN = 1.03  # of time over that of the fastest variant
 # Dispatch knows what a row of the block table reaches, or what the caller says that the longest
-# request has, not the lengths: three of the random cases of a single page miss 1.10, and two with
-# where they are told, and one with pages of one token.
+# request has, not the lengths: four of the random cases of a single page miss 1.10, three of them
+# also where that is told, and one with pages of one token in both ways.
 WORST = {"cases": 1.10, "random_cases": 1.16}
 MISSES = {False: 5, True: 4}  # of 1.10
 # Forced runs of one process: with others, times cannot be compared.

@@ -16,10 +16,8 @@ namespace mla::schedule {
 // Starting and finishing an item (Q, first KV latency, output) costs about as much as this many KV tokens. On an H200 27 ragged batches
 // take 1.5 % less than with 64, in the mean (75.0 -> 70.6 us at 16 requests of 8,192 tokens and 128 heads), and 0.7 % less than with 192.
 constexpr int kItemOverheadTokens = 128;
-// A group has at least so many tokens, by the longest item (least_tokens()): below it, combining more splits costs more than they save.
-// Measured (DESIGN.md, decision 8): one request of 1,024 tokens in parts of 64 takes 11.5 us instead of 12.7 in parts of 128 where row
-// blocks are low, 19.8 instead of 18.1 where they are high; one of 4,096 13.1 in parts of 128, 14.4 in parts of 64 (32 heads); one of 16,384
-// 17.6 in parts of 192, 20.3 in parts of 128.
+// A group has at least so many tokens, by the longest item (least_tiles()): below it, combining more splits costs more than they save
+// (measured: DESIGN.md, decision 8).
 constexpr int kShortTokens = 2048, kMinGroupTokensOfShort = 64, kLowRows = 32;
 constexpr int kMediumTokens = 8192, kMinGroupTokens = 128, kMinGroupTokensOfLong = 192;
 // Cuts fall on the ends of equally long items if that makes the busiest group's range longer by at most one part in this.

@@ -54,6 +54,7 @@ __device__ __forceinline__ void decode(const DecodeParams& p) {
   uint32_t q[S::row_tiles][S::warp_k_steps][4];
   constexpr int own_steps = S::own_columns ? S::warp_v / 16 : 0;
   constexpr int rope_steps = own_steps > 0 && S::warp_k_steps > own_steps ? S::warp_k_steps - own_steps : 1;
+  static_assert(!S::own_columns || S::rope_chunks == 0 || 2 * rope_steps == S::rope_threads, "the RoPE that it copies");
   auto first_of_round = [](int k) {  // of all warps' steps
     return own_steps > 0 ? own_steps * S::group_warps + k - own_steps : k * S::group_warps;
   };

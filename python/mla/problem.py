@@ -50,17 +50,9 @@ class Problem(NamedTuple):
 
     @property
     def likely_len(self) -> int:
-        """KV tokens that a request counts with where lengths are not known.
-
-        No more than the caller says; or all that a row of the block table reaches, but for half a
-        page, as requests end anywhere in their last one. Of a single page a quarter: where it is
-        hardly begun variants differ by more than where it is nearly full.
-        """
-        if self.max_seq_len is not None:
-            return min(self.max_len, self.max_seq_len)
-        if self.max_len <= self.page_size:
-            return -(-self.max_len // 4)
-        return self.max_len - self.page_size // 2
+        """KV tokens that a request counts with where lengths are not known (src/chooser.h)."""
+        said = -1 if self.max_seq_len is None else self.max_seq_len
+        return _mla.likely_len(self.max_len, self.page_size, said)
 
     @property
     def rows(self) -> int:
