@@ -159,7 +159,13 @@ __device__ __forceinline__ void combine(const DecodeParams& p, schedule::Shape s
       uint32_t words[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) words[i] = pack2<T>(o[i * 2], o[i * 2 + 1]);
-      store_rows(p, item.request, item.first_token, first_row, num_rows, column_block * kFragmentColumns, words);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint2 four = four_columns(words, half);
+        const int of_16 = static_cast<int>(quad) + half * 8;
+        if (of_16 < num_rows)
+          *output_row(p, item.request, item.first_token, first_row + of_16, column_block * kFragmentColumns) = four;
+      }
       if (p.lse && column_block == 0 && lane < min(num_rows, kFragmentRows)) {
         const int of_request = first_row + row, token = divide(of_request, p.by_h_q);
         p.lse[item.request * p.lse_strides.batch + (item.first_token + token) * p.lse_strides.token +

@@ -30,6 +30,11 @@ __device__ __forceinline__ float exp2_fast(float x) {  // 2 ulp; exp2(-inf) = 0
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+__device__ __forceinline__ float reciprocal_fast(float x) {  // 1 ulp, no branch
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 // Over aligned runs of `Width` lanes; every lane gets the result.
 template <int Width>

@@ -57,23 +57,19 @@ __device__ __forceinline__ void transpose_tiles(uint32_t (&words)[4]) {
   for (int i = 0; i < 4; ++i) asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(words[i]) : "r"(words[i]));
 }
 
-// A fragment's words, each two columns of a row, as rows of the output from column `column` on: neighbouring lanes exchange a word, so
-// that each stores four columns. `row`: of the request, the first of 16, of which `num_rows` or fewer exist.
-__device__ __forceinline__ void store_rows(const DecodeParams& p, int request, int first_token, int row, int num_rows,
-                                           int column, const uint32_t (&words)[4]) {
-  const int lane = threadIdx.x % 32, quad = lane / 4;
-  const bool odd = lane & 1;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const uint32_t left = words[half], right = words[2 + half];  // of the two times 8 columns
-    const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? left : right, 1);
-    if (quad + half * 8 >= num_rows) continue;
-    const int packed = row + quad + half * 8, token = divide(packed, p.by_h_q), head = packed - token * p.lengths.h_q;
-    auto* out = static_cast<uint16_t*>(p.out) + request * p.out_strides.batch +
-                (first_token + token) * p.out_strides.token + head * p.out_strides.head + column;
-    *reinterpret_cast<uint2*>(out + (odd ? 8 : 0) + lane % 4 / 2 * 4) =
-        odd ? make_uint2(got, right) : make_uint2(left, got);
-  }
+// A fragment's words, each two columns of a row, as rows of the output: neighbouring lanes exchange a word, so that each stores four
+// columns, of row g (half 0) or of g + 8, at output_row() of the row's number among those of the request.
+__device__ __forceinline__ uint2 four_columns(const uint32_t (&words)[4], int half) {
+  const bool odd = threadIdx.x & 1;
+  const uint32_t left = words[half], right = words[2 + half];  // of the two times 8 columns
+  const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? left : right, 1);
+  return odd ? make_uint2(got, right) : make_uint2(left, got);
+}
+__device__ __forceinline__ uint2* output_row(const DecodeParams& p, int request, int first_token, int row, int column) {
+  const int token = divide(row, p.by_h_q), head = row - token * p.lengths.h_q;
+  return reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.out) + request * p.out_strides.batch +
+                                  (first_token + token) * p.out_strides.token + head * p.out_strides.head + column) +
+         (threadIdx.x % 2 * 2 + threadIdx.x % 4 / 2);
 }
 
 // ---- pairs (PlanWorker): the later group merges what the one before it left ----

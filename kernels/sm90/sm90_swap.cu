@@ -4,8 +4,9 @@
 // A CTA walks the pieces that the schedule gives it: a block of 16 packed query rows and a range of 64-token KV tiles each. Q stays
 // in shared memory for a piece. KV goes round a ring of 8 KB chunks, 64 columns of a tile each, that runs on from piece to piece.
 //
-//   loads    A warp of the third warpgroup fetches chunk behind chunk, as soon as there is room, by TMA; or two warps copy half of its
-//            rows each by cp.async, where pages have no usable boxes. Two more fetch Q of the next piece, and say what it is.
+//   loads    A warp of the third warpgroup fetches chunk behind chunk, as soon as there is room, by TMA, or two those of a single tile; or
+//            two warps copy half of its rows each by cp.async, where pages have no usable boxes. Two more fetch Q of the next piece, and
+//            say what it is.
 //   logits   The two warpgroups have every other tile each: S^T[64 tokens, rows] = K Q^T.
 //   softmax  Each has a running max of its own; P^T goes to shared memory.
 //   values   O^T[64 columns, rows] += V^T P^T, for 64 columns of a chunk at a time, all of them.
@@ -27,9 +28,10 @@ constexpr int kCopiesAhead = 6;  // chunks by cp.async that are in flight
 enum Barrier : int {
   kMaxReady = 1,  // + warpgroup: maxima of its tile are there; nobody reads the P, or the tile, before. Its own threads
   kPReady = 3,    // + warpgroup: its P is there. Its own threads
-  kResult = 5,    // what they exchange, and another group's partial result, is there; or all of one is stored. Both
-  kBegun = 6,     // the mbarriers are there. The producer waits, the others arrive
-  kInputs = 7,    // so is what the kernel before wrote. The producer arrives, the others wait
+  kResult =
+      5,  // what they exchange is there, or was read; another group's partial result is there; all of one is stored. Both
+  kBegun = 6,   // the mbarriers are there. The producer waits, the others arrive
+  kInputs = 7,  // so is what the kernel before wrote. The producer arrives, the others wait
 };
 
 template <class C, int SmemBytes>
@@ -65,20 +67,23 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
       while (walk.more()) {
         const int len = warp_uniform(walk.block.len);
         const int first_tile = warp_uniform(walk.block.first_tile), num_tiles = warp_uniform(walk.block.num_tiles);
+        const int loaders = num_tiles == 1 ? kCopyWarps : 1;
         for (int tile = 0; tile < num_tiles; ++tile) {
           const int tokens = tokens_of_tile(first_tile + tile, len);
           const Boxes boxes = all_boxes(p, slot, tile % kLookupTiles);
           if ((tile + 1) % kLookupTiles == 0) slot = walk.box_slot_at(tile + 1);
           if (tokens == kTileTokens) {
+            RingPlace<C> of = place.after(warp);
 #pragma unroll 1
-            for (int chunk = 0; chunk < L::k_chunks; ++chunk, place.advance(1)) {
-              mbarrier_wait(at.free(place.slot), place.parity ^ 1);  // pairs with release(), a round before
+            for (int chunk = warp; chunk < L::k_chunks && warp < loaders; chunk += loaders, of.advance(loaders)) {
+              mbarrier_wait(at.free(of.slot), of.parity ^ 1);  // pairs with release(), a round before
               if (elect_lane()) {
-                mbarrier_arrive_expect(at.full(place.slot), kChunkBytes);
-                load_chunk<C>(p, tile_at(place, chunk), chunk, boxes, kTileTokens, at.full(place.slot));
+                mbarrier_arrive_expect(at.full(of.slot), kChunkBytes);
+                load_chunk<C>(p, tile_at(of, chunk), chunk, boxes, kTileTokens, at.full(of.slot));
               }
             }
-          } else {  // the end of the request: the values behind it become zeros before anybody sees the tile
+          } else if (warp == 0) {
+            // The end of the request: the values behind it become zeros before anybody sees the tile.
             RingPlace<C> of = place;
             for (int chunk = 0; chunk < L::k_chunks; ++chunk, of.advance(1))
               mbarrier_wait(at.free(of.slot), of.parity ^ 1);
@@ -99,8 +104,8 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
             fence_proxy_async();
             __syncwarp();  // all lanes have fenced their zeros
             if (lane < L::k_chunks) mbarrier_arrive(at.full(place.after(lane).slot));
-            place.advance(L::k_chunks);
           }
+          place.advance(L::k_chunks);
         }
         walk.advance();
         slot = walk.box_slot_at(0);
@@ -146,7 +151,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
 
     if (warp >= kCopyWarps) copy_q_of_pieces<C>(p, walk, at.q(), at.block(0), at.q_full(), at.q_free());
     else if (!has_boxes(p)) copy_rows_of_pieces();
-    else if (warp == 0) load_boxes_of_pieces();
+    else load_boxes_of_pieces();
   } else {
     if (threadIdx.x == 0) at.init_mbarriers(has_boxes(p));
     named_barrier_arrive(kBegun, C::threads);  // pairs with the producer's wait
@@ -173,6 +178,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
     constexpr Index<1> own_half{};
     constexpr Index<2> both_halves{};
     int first_own = warpgroup;  // of the piece's tiles; the warpgroups take the ring's in turn
+    bool was_single = false;    // the piece before: both multiplied the P of one
     RingPlace<C> place = RingPlace<C>{}.after(warpgroup * L::k_chunks);  // of the first chunk of the next one
 
     auto compute_logits = [&](RingPlace<C> tile) {
@@ -193,8 +199,8 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
       wgmma_wait<0>();
       pin(s);
     };
-    // Of the own half of the columns, or of both, by the P of warpgroup `of`.
-    auto multiply_values = [&](int tile_slot, int of, auto halves) {
+    // Of the own half of the columns, or of both, by the P of warpgroup `of`; to be waited for.
+    auto issue_values = [&](int tile_slot, int of, auto halves) {
       for_o(halves, [](float (&x)[rows / 2]) { pin(x); });
       wgmma_fence();
       const uint64_t b = pinned(p_operand + of * p_step);
@@ -205,18 +211,20 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
         for (int k = 0; k < 4; ++k) wgmma_vp<T>(o[half][chunk], a + k * kTokenStep, b + k * kColumnStep);
       });
       wgmma_commit();
+    };
+    auto wait_for_values = [&](auto halves) {
       wgmma_wait<0>();
       for_o(halves, [](float (&x)[rows / 2]) { pin(x); });
     };
-    // By the maxima of warpgroup `of`'s tile, once they are there. What is relative to the max before is to be multiplied by `factor`.
-    auto raise_max = [&](int of, float (&factor)[columns* 2]) {
+    // By the maxima of its tile, once they are there. What is relative to the max before is to be multiplied by `factor`.
+    auto raise_max = [&](float (&factor)[columns* 2]) {
 #pragma unroll
       for (int n = 0; n < columns; ++n) {
         float all[2] = {kNegInf, kNegInf};
 #pragma unroll
         for (int i = 0; i < kWarpgroupWarps; ++i) {
           float x[2];
-          load_shared(x, at.tile_max(of * kWarpgroupWarps + i, n * 8 + pair));
+          load_shared(x, at.tile_max(warpgroup * kWarpgroupWarps + i, n * 8 + pair));
           all[0] = fmaxf(all[0], x[0]), all[1] = fmaxf(all[1], x[1]);
         }
 #pragma unroll
@@ -233,16 +241,12 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
 #pragma unroll 1
     for (int parity = 0;; parity ^= 1) {   // of the piece
       mbarrier_wait(at.q_full(), parity);  // pairs with copy_q_of_pieces
-      int num_tiles, unmasked_tiles, visible[columns * 2];
+      int num_tiles, unmasked_tiles;
       {
         RowBlock block;
         load_shared_struct(block, at.block(parity));
         num_tiles = warp_uniform(block.num_tiles);
         unmasked_tiles = warp_uniform(block.unmasked_tiles);
-#pragma unroll
-        for (int i = 0; i < columns * 2; ++i)
-          visible[i] =
-              visible_tokens(p, block, i / 2 * 8 + pair + i % 2) - block.first_tile * kTileTokens - warp * 16 - quad;
       }
       if (num_tiles == 0) break;
       for_o(both_halves, [&](float (&x)[rows / 2]) {
@@ -253,6 +257,9 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
       for (int i = 0; i < columns * 2; ++i) max[i] = kNoMax, sum[i] = 0.f;
 
       const bool has_tile = first_own < num_tiles, is_single = num_tiles == 1;
+      // With itself: the other has multiplied that P. Where this piece is one tile, too, its P is in the other place.
+      if (was_single && !is_single) named_barrier_sync(kResult, kConsumerThreads);
+      was_single = is_single;
       int last_slot = 0;
       if (!has_tile) mbarrier_arrive(at.q_free());  // pairs with copy_q_of_pieces
 #pragma unroll 1
@@ -266,10 +273,18 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
         if (is_last) mbarrier_arrive(at.q_free());  // who has read the description itself; pairs with copy_q_of_pieces
 #pragma unroll
         for (int i = 0; i < rows / 2; ++i) s[i] *= p.scale_log2;
-        if (tile >= unmasked_tiles)
+        if (tile >= unmasked_tiles) {
+          RowBlock block;
+          load_shared_struct(block, at.block(parity));
+          const int token = (block.first_tile + tile) * kTileTokens + warp * 16 + quad;
 #pragma unroll
-          for (int i = 0; i < rows / 2; ++i)
-            if (i / 2 % 2 * 8 >= visible[i / 4 * 2 + i % 2] - tile * kTileTokens) s[i] = kNegInf;
+          for (int i = 0; i < columns * 2; ++i) {
+            const int visible = visible_tokens(p, block, i / 2 * 8 + pair + i % 2);
+#pragma unroll
+            for (int j = 0; j < 2; ++j)
+              if (token + j * 8 >= visible) s[i / 2 * 4 + j * 2 + i % 2] = kNegInf;
+          }
+        }
 #pragma unroll
         for (int i = 0; i < columns * 2; ++i)
           tile_max[i] = quads_max(fmaxf(s[i / 2 * 4 + i % 2], s[i / 2 * 4 + 2 + i % 2]));
@@ -279,7 +294,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
             store_shared(at.tile_max(warpgroup * kWarpgroupWarps + warp, n * 8 + pair), tile_max[n * 2],
                          tile_max[n * 2 + 1]);
         named_barrier_sync(kMaxReady + warpgroup, kWarpgroupThreads);  // with itself
-        raise_max(warpgroup, factor);
+        raise_max(factor);
         uint32_t packed[rows / 4];  // tokens quad and quad + 8 apart: an 8 x 8 tile of P a register
 #pragma unroll
         for (int i = 0; i < rows / 2; ++i) {
@@ -307,49 +322,30 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
 #pragma unroll
             for (int i = 0; i < rows / 2; ++i) x[i] *= factor[i / 4 * 2 + i % 2];
           });
-        multiply_values(place.slot, warpgroup, both_halves);
+        issue_values(place.slot, warpgroup, both_halves);
+        wait_for_values(both_halves);
         // Pairs with the producer's wait, a round later. What is kept of the last tile is the other warpgroup's to release.
         if (lane < L::v_chunks && (!is_last || lane >= at.exchange_chunks))
           mbarrier_arrive(at.free(place.after(lane).slot));
-      }
-      if (is_single) {                                  // both multiply its values, half of the columns each
-        named_barrier_sync(kResult, kConsumerThreads);  // with itself: P is there
-        float factor[columns * 2];
-        if (!has_tile) {
-          raise_max(warpgroup ^ 1, factor);
-          last_slot = slot_behind<C>(place.slot, C::stages - L::k_chunks);
-        }
-        multiply_values(last_slot, has_tile ? warpgroup : warpgroup ^ 1, own_half);
-        if (lane < L::half_chunks)  // pairs with the producer's wait, a round later
-          mbarrier_arrive(at.free(slot_behind<C>(last_slot, warpgroup * L::half_chunks + lane)));
       }
       first_own ^= num_tiles & 1;
 
       // ---- the results: the thread has four rows of O^T ----
 
-      static_assert(rows == kFragmentRows);
       RowBlock block;
       load_shared_struct(block, at.block(parity));
       const bool merges = warp_uniform(block.pairs) & kMergesFirst;
       const bool leaves = warp_uniform(block.partial_slot) >= 0 && !merges;
       const int other_slot = block.partial_slot - block.group_size;  // of the group before
-      float size[columns * 2] = {};
+      static_assert(rows == kFragmentRows && kChunkFragments == kWarpgroupWarps);
+      const int first_fragment = warpgroup * L::half_chunks * kChunkFragments + warp;
 #pragma unroll
       for (int i = 0; i < columns * 2; ++i) sum[i] = quads_sum(sum[i]);
-      if (leaves) {
-        for_o(both_halves, [&](const float (&x)[rows / 2]) {
-#pragma unroll
-          for (int i = 0; i < columns * 2; ++i)
-            size[i] += fabsf(x[i / 2 * 4 + i % 2]) + fabsf(x[i / 2 * 4 + 2 + i % 2]);
-        });
-#pragma unroll
-        for (int i = 0; i < columns * 2; ++i) size[i] = quads_sum(size[i]);
-      }
+      const int run = warpgroup * kWarpgroupWarps + warp;
       if (quad == 0)
 #pragma unroll
         for (int n = 0; n < columns; ++n) {
-          store_shared_quad(at.row_sums(parity, warpgroup * kWarpgroupWarps + warp, n * 8 + pair),
-                            {sum[n * 2], size[n * 2], sum[n * 2 + 1], size[n * 2 + 1]});
+          store_shared(at.row_sums(parity, run, n * 8 + pair), sum[n * 2], sum[n * 2 + 1]);
           if (warp == 0) store_shared(at.row_max(parity, warpgroup, n * 8 + pair), max[n * 2], max[n * 2 + 1]);
         }
       if (!is_single) {
@@ -366,21 +362,45 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
       }
       if (merges && threadIdx.x == 0) wait_for_partial(p, rows, C::d_v, other_slot);
       named_barrier_sync(kResult, kConsumerThreads);  // with itself
-      float weight[2][columns * 2];                   // of the own sums and of the other warpgroup's
-#pragma unroll
-      for (int n = 0; n < columns; ++n) {
-        float of_other[2];
-        load_shared(of_other, at.row_max(parity, warpgroup ^ 1, n * 8 + pair));
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const int i = n * 2 + j;
-          const float both = fmaxf(max[i], of_other[j]);
-          weight[0][i] = exp2_fast(max[i] - both), weight[1][i] = exp2_fast(of_other[j] - both);
-          max[i] = both;
-        }
+      if (is_single) {                                // both multiply its values, half of the columns each
+        if (!has_tile) last_slot = slot_behind<C>(place.slot, C::stages - L::k_chunks);
+        issue_values(last_slot, has_tile ? warpgroup : warpgroup ^ 1, own_half);
       }
+
+      // What is said of a row is reckoned by one lane, so that its code is there once: it is read for the first time here.
+      const int row = lane % rows;
+      const float own_max = load_shared(at.row_max(parity, warpgroup, row));
+      const float other_max = load_shared(at.row_max(parity, warpgroup ^ 1, row)), both_max = fmaxf(own_max, other_max);
+      const float own_weight = exp2_fast(own_max - both_max), other_weight = exp2_fast(other_max - both_max);
+      float sums[2] = {};  // of the own warps and of the other warpgroup's
+#pragma unroll
+      for (int i = 0; i < kConsumers * kWarpgroupWarps; ++i)
+        sums[i / kWarpgroupWarps] += load_shared(
+            at.row_sums(parity, (warpgroup ^ i / kWarpgroupWarps) * kWarpgroupWarps + i % kWarpgroupWarps, row));
+      const float total = sum_of_both(sums[0], own_weight, sums[1], other_weight);
+      float row_scale = total == 0.f ? 0.f : reciprocal_fast(total), row_other = 0.f;
+      float lse2 = lse2_of(both_max, total);
+      wait_for_values(own_half);               // if there are any in flight
+      if (is_single && lane < L::half_chunks)  // pairs with the producer's wait, a round later
+        mbarrier_arrive(at.free(slot_behind<C>(last_slot, warpgroup * L::half_chunks + lane)));
+      if (merges) {
+        float of_other[2] = {kNegInf, kNegInf};
+        if (row < block.num_rows) {
+          of_other[0] = __ldcg(partial_lse2(p, rows, other_slot, row));
+          of_other[1] = __ldcg(run_lse2(p, rows, other_slot, row, run));
+        }
+        const PairWeights weights = pair_weights(lse2, of_other[0], of_other[1]);
+        row_scale *= weights.own, row_other = weights.other, lse2 = weights.lse2;
+      }
+      if (run == 0 && lane < rows && row < block.num_rows) store_lse<C>(p, block, row, lse2, leaves);
+      auto of_rows = [&](float x, float (&to)[columns* 2]) {  // from the lane that has them
+#pragma unroll
+        for (int i = 0; i < columns * 2; ++i) to[i] = __shfl_sync(0xffffffffu, x, i / 2 * 8 + pair + i % 2);
+      };
       if (!is_single) {
         const int slot = __float_as_int(load_shared(at.last_slot(parity, warpgroup ^ 1)));
+        float weight[2][columns * 2];
+        of_rows(own_weight, weight[0]), of_rows(other_weight, weight[1]);
 #pragma unroll
         for (int chunk = 0; chunk < L::half_chunks; ++chunk)
 #pragma unroll
@@ -389,8 +409,8 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
             load_shared(x, at.half_of_o(slot, chunk, i));
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-              const int row = i * 2 + j % 2;
-              o[0][chunk][i * 4 + j] = sum_of_both(o[0][chunk][i * 4 + j], weight[0][row], x[j], weight[1][row]);
+              const int of = i * 2 + j % 2;
+              o[0][chunk][i * 4 + j] = sum_of_both(o[0][chunk][i * 4 + j], weight[0][of], x[j], weight[1][of]);
             }
           }
         fence_proxy_async();
@@ -398,47 +418,32 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
         if (lane < at.exchange_chunks)  // pairs with the producer's wait, a round later
           mbarrier_arrive(at.free(slot_behind<C>(slot, lane)));
       }
-      float scale[columns * 2], other[columns * 2] = {};
+      if (leaves) {  // divided by a power of two, which the absolute values of the warpgroup's columns tell
+        float size[columns * 2] = {};
 #pragma unroll
-      for (int n = 0; n < columns; ++n) {
-        float total[4] = {}, sums[2][4] = {};  // of two rows, as in shared memory; `sums`: own, other warpgroup's
+        for (int chunk = 0; chunk < L::half_chunks; ++chunk)
 #pragma unroll
-        for (int i = 0; i < kConsumers * kWarpgroupWarps; ++i) {
-          const int from = i / kWarpgroupWarps;
-          float x[4];
-          load_shared(x, at.row_sums(parity, (warpgroup ^ from) * kWarpgroupWarps + i % kWarpgroupWarps, n * 8 + pair));
+          for (int i = 0; i < rows / 2; ++i) size[i / 4 * 2 + i % 2] += fabsf(o[0][chunk][i]);
 #pragma unroll
-          for (int j = 0; j < 4; ++j) sums[from][j] += x[j];
-        }
+        for (int i = 0; i < columns * 2; ++i) size[i] = quads_sum(size[i]);
+        if (quad == 0)
 #pragma unroll
-        for (int j = 0; j < 4; ++j)
-          total[j] = sum_of_both(sums[0][j], weight[0][n * 2 + j / 2], sums[1][j], weight[1][n * 2 + j / 2]);
+          for (int n = 0; n < columns; ++n)
+            store_shared(at.row_sizes(parity, run, n * 8 + pair), size[n * 2], size[n * 2 + 1]);
+        named_barrier_sync(kMaxReady + warpgroup, kWarpgroupThreads);  // with itself: they are there
+        float all = 0.f;
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const int i = n * 2 + j, row = n * 8 + pair + j, run = warpgroup * kWarpgroupWarps + warp;
-          scale[i] = total[j * 2] == 0.f ? 0.f : 1.f / total[j * 2];
-          float lse2 = lse2_of(max[i], total[j * 2]);
-          if (merges) {
-            float of_other[2] = {kNegInf, kNegInf};
-            if (row < block.num_rows) {
-              of_other[0] = __ldcg(partial_lse2(p, rows, other_slot, row));
-              of_other[1] = __ldcg(run_lse2(p, rows, other_slot, row, run));
-            }
-            const PairWeights weights = pair_weights(lse2, of_other[0], of_other[1]);
-            scale[i] *= weights.own, other[i] = weights.other, lse2 = weights.lse2;
-          }
-          if (leaves) {
-            const int exponent = run_exponent(total[j * 2 + 1] * scale[i]);
-            scale[i] *= exp2_of(-exponent);
-            if (quad == 0) *run_lse2(p, rows, block.partial_slot, row, run) = lse2 + exponent;
-          }
-          if (warpgroup == 0 && warp == 0 && quad == 0 && row < block.num_rows)
-            store_lse<C>(p, block, row, lse2, leaves);
-        }
+        for (int i = 0; i < kWarpgroupWarps; ++i)
+          all += load_shared(at.row_sizes(parity, warpgroup * kWarpgroupWarps + i, row));
+        const int exponent = run_exponent(all * row_scale);
+        row_scale *= exp2_of(-exponent);
+        if (lane < rows) *run_lse2(p, rows, block.partial_slot, row, run) = lse2 + exponent;
       }
-      static_assert(kChunkFragments == kWarpgroupWarps);
-      store_transposed<T>(p, block, warpgroup * L::half_chunks * kChunkFragments + warp, o[0], scale, leaves,
-                          merges ? other_slot : -1, other);
+      const auto to =
+          result_places<C>(p, block, leaves ? block.partial_slot : -1, merges ? other_slot : -1, first_fragment);
+      float scale[columns * 2], other[columns * 2];
+      of_rows(row_scale, scale), of_rows(row_other, other);
+      store_transposed<T>(to, o[0], scale, other);
       if (warp_uniform(block.pairs) & kLeavesLast) {
         named_barrier_sync(kResult, kConsumerThreads);  // with itself: all of it is stored
         if (threadIdx.x == 0) announce_partial(p, rows, C::d_v, block.partial_slot);

@@ -10,10 +10,10 @@ namespace mla::sm90 {
 // What the warpgroups tell each other of a piece, beside half of O.
 template <class C>
 struct alignas(16) Exchanged {
-  // Of a row: of P, for a warp's tokens, and of the absolute values of O, for its columns.
-  float row_sums[kConsumers * kWarpgroupWarps][C::block_rows][2];
-  float row_max[kConsumers][C::block_rows];  // that they are relative to
-  int last_slot[kConsumers];                 // of the ring: of the last tile, in whose first chunks the half of O is
+  float row_sums[kConsumers * kWarpgroupWarps][C::block_rows];   // of P, for a warp's tokens
+  float row_sizes[kConsumers * kWarpgroupWarps][C::block_rows];  // sums of the absolute values of O, for its columns
+  float row_max[kConsumers][C::block_rows];                      // that they are relative to
+  int last_slot[kConsumers];  // of the ring: of the last tile, in whose first chunks the half of O is
 };
 
 template <class C>
@@ -76,7 +76,10 @@ struct Memory {
     return of(offsetof(Smem<C>, exchanged) + offset) + parity * static_cast<uint32_t>(sizeof(Exchanged<C>));
   }
   __device__ __forceinline__ uint32_t row_sums(int parity, int warp, int row) const {
-    return exchanged(parity, offsetof(Exchanged<C>, row_sums)) + (warp * rows + row) * 8;
+    return exchanged(parity, offsetof(Exchanged<C>, row_sums)) + (warp * rows + row) * 4;
+  }
+  __device__ __forceinline__ uint32_t row_sizes(int parity, int warp, int row) const {
+    return exchanged(parity, offsetof(Exchanged<C>, row_sizes)) + (warp * rows + row) * 4;
   }
   __device__ __forceinline__ uint32_t row_max(int parity, int warpgroup, int row) const {
     return exchanged(parity, offsetof(Exchanged<C>, row_max)) + (warpgroup * rows + row) * 4;
@@ -86,7 +89,7 @@ struct Memory {
   }
   // Of the half of O behind `slot`, four elements of this thread's.
   __device__ __forceinline__ uint32_t half_of_o(int slot, int chunk_of_o, int i) const {
-    const int byte = (chunk_of_o * rows / 8 + i) * kWarpgroupThreads * 16;  // a chunk of O is half of one of the ring's
+    const int byte = (chunk_of_o * rows / 8 + i) * kWarpgroupThreads * 16;
     return chunk(slot_behind<C>(slot, byte / kChunkBytes)) + byte % kChunkBytes + threadIdx.x % kWarpgroupThreads * 16;
   }
   __device__ __forceinline__ uint32_t full(int slot) const {

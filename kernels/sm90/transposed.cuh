@@ -26,24 +26,46 @@ __device__ __forceinline__ float sum_of_both(float own, float own_weight, float 
   return __fadd_rn(__fmul_rn(own, own_weight), __fmul_rn(other, other_weight));
 }
 
-// To the output or, if it `leaves`, to the piece's partial result: o * scale + other * what is at `other_slot`, if that is not negative.
-// `first_fragment`: where the warp's columns of its first chunk are.
-template <class T, int Chunks>
-__device__ __forceinline__ void store_transposed(const DecodeParams& p, const RowBlock& block, int first_fragment,
-                                                 const float (&o)[Chunks][8], const float (&scale)[4], bool leaves,
-                                                 int other_slot, const float (&other)[4]) {
-  constexpr int d_v = 2 * Chunks * kChunkColumns;
-  auto fragment_of = [&](int slot, int chunk) {
-    return partial_fragment(p, kFragmentRows, d_v, slot, 0, first_fragment + chunk * kChunkFragments);
-  };
-  uint4 others[Chunks];
-  if (other_slot >= 0)
+// Where a thread's results go, of the warp's columns of its first chunk: to the output, rows g and g + 8, or to the piece's partial result,
+// `fragment`. And another group's that they are added to. Null: not there.
+struct ResultPlaces {
+  uint2* rows[2];
+  uint4 *fragment, *other;
+};
+// `first_fragment`: where these columns are. `slot`, `other_slot`: negative: none.
+template <class C>
+__device__ __forceinline__ ResultPlaces result_places(const DecodeParams& p, const RowBlock& block, int slot,
+                                                      int other_slot, int first_fragment) {
+  ResultPlaces places{};
+  auto fragment_of = [&](int of) { return partial_fragment(p, kFragmentRows, C::d_v, of, 0, first_fragment); };
+  if (other_slot >= 0) places.other = fragment_of(other_slot);
+  if (slot >= 0) {
+    places.fragment = fragment_of(slot);
+    return places;
+  }
 #pragma unroll
-    for (int chunk = 0; chunk < Chunks; ++chunk) others[chunk] = __ldcg(fragment_of(other_slot, chunk));
+  for (int half = 0; half < 2; ++half) {
+    const int row = static_cast<int>(threadIdx.x) % 32 / 4 + half * 8;
+    if (row < block.num_rows)
+      places.rows[half] =
+          output_row(p, block.request, block.first_token, block.first_row + row, first_fragment * kFragmentColumns);
+  }
+  return places;
+}
+
+// o * scale + other * what is there of another group's.
+template <class T, int Chunks>
+__device__ __forceinline__ void store_transposed(const ResultPlaces& to, const float (&o)[Chunks][8],
+                                                 const float (&scale)[4], const float (&other)[4]) {
+  constexpr int of_chunk = kChunkFragments * 32;
+  uint4 others[Chunks];
+  if (to.other)
+#pragma unroll
+    for (int chunk = 0; chunk < Chunks; ++chunk) others[chunk] = __ldcg(to.other + chunk * of_chunk);
 #pragma unroll
   for (int chunk = 0; chunk < Chunks; ++chunk) {
     float x[8] = {};
-    if (other_slot >= 0) {
+    if (to.other) {
       uint32_t words[4] = {others[chunk].x, others[chunk].y, others[chunk].z, others[chunk].w};
       transpose_tiles(words);
       unpack_partial({words[0], words[1], words[2], words[3]}, x);
@@ -56,16 +78,19 @@ __device__ __forceinline__ void store_transposed(const DecodeParams& p, const Ro
       for (int j = 0; j < 2; ++j) {
         const int row = i % 2 * 2 + j;
         y[j] = o[chunk][i % 2 * 4 + i / 2 * 2 + j] * scale[row];
-        if (other_slot >= 0) y[j] += other[row] * x[i * 2 + j];
+        if (to.other) y[j] += other[row] * x[i * 2 + j];
       }
-      words[i] = leaves ? pack2<fp16>(y[0], y[1]) : pack2<T>(y[0], y[1]);
+      words[i] = to.fragment ? pack2<fp16>(y[0], y[1]) : pack2<T>(y[0], y[1]);
     }
     transpose_tiles(words);
-    if (leaves) {
-      *fragment_of(block.partial_slot, chunk) = {words[0], words[1], words[2], words[3]};
-    } else {
-      store_rows(p, block.request, block.first_token, block.first_row, block.num_rows,
-                 (first_fragment + chunk * kChunkFragments) * kFragmentColumns, words);
+    if (to.fragment) {
+      to.fragment[chunk * of_chunk] = {words[0], words[1], words[2], words[3]};
+      continue;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint2 four = four_columns(words, half);
+      if (to.rows[half]) to.rows[half][chunk * kChunkColumns / 4] = four;
     }
   }
 }
