@@ -3,6 +3,7 @@
 
 #include <cuda.h>
 
+#include <climits>
 #include <map>
 #include <memory>
 #include <string>
@@ -93,8 +94,10 @@ CUresult fake_cuGraphAddKernelNode(CUgraphNode* node, CUgraph graph, const CUgra
 }
 CUresult fake_cuGraphExecKernelNodeSetParams(CUgraphExec executable, CUgraphNode node,
                                              const CUDA_KERNEL_NODE_PARAMS* params) {
+  static int calls = 0;
   log(R"({"call": "cuGraphExecKernelNodeSetParams", "graph": %d, "kernel": "%s"})", executable_of(executable)->number,
       reinterpret_cast<FakeKernel*>(params->kern)->name.c_str());
+  if (++calls == number("FAKE_CUDA_FAIL_SET", 0)) return CUDA_ERROR_LAUNCH_FAILED;
   return read_node(*params, executable_of(executable)->launches.at(node_of(node))) ? CUDA_SUCCESS
                                                                                    : CUDA_ERROR_INVALID_VALUE;
 }
@@ -125,8 +128,10 @@ CUresult fake_cuGraphAddDependencies(CUgraph, const CUgraphNode* from, const CUg
 }
 // Of a chain, in which each node but one has one before it.
 CUresult fake_cuGraphInstantiateWithFlags(CUgraphExec* executable, CUgraph graph, unsigned long long) {
-  static int number = 0;
-  auto* made = new FakeExecutable{++number, {}, {}};
+  static int made_before = 0;
+  log(R"({"call": "cuGraphInstantiateWithFlags"})");
+  if (made_before >= number("FAKE_CUDA_MOST_GRAPHS", INT_MAX)) return CUDA_ERROR_OUT_OF_MEMORY;
+  auto* made = new FakeExecutable{++made_before, {}, {}};
   const FakeNode* before = nullptr;
   for (size_t i = 0; i < graph_of(graph)->nodes.size(); ++i)
     for (const auto& node : graph_of(graph)->nodes)

@@ -58,15 +58,12 @@ int smem(int which) {
   return values[which];
 }
 
-int version() {
-  const char* given = getenv("FAKE_CUDA_VERSION");
-  return given ? atoi(given) : 12030;
+int number(const char* variable, int otherwise) {
+  const char* given = getenv(variable);
+  return given ? atoi(given) : otherwise;
 }
-
-int compute_capability() {
-  const char* given = getenv("FAKE_CUDA_SM");
-  return given ? atoi(given) : 90;
-}
+int version() { return number("FAKE_CUDA_VERSION", 12030); }
+int compute_capability() { return number("FAKE_CUDA_SM", 90); }
 
 // The sizes of a kernel's parameters, which the real driver reads from its machine code.
 std::vector<size_t> parameter_sizes(const std::string& kernel) {
