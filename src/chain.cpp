@@ -138,11 +138,11 @@ class Graphs {
 
 }  // namespace
 
-void queue_chain(const Chain& chain, int device, uintptr_t stream) {
+void queue_chain(const Chain& chain, int device, uintptr_t stream, bool captured) {
   static std::mutex mutex;
   static Graphs graphs;
   const std::lock_guard<std::mutex> lock(mutex);  // from the parameters to the launch
-  const Graph* const graph = capturing(device, stream) ? nullptr : graphs.find(chain, device, stream);
+  const Graph* const graph = captured ? nullptr : graphs.find(chain, device, stream);
   if (graph) return graph->launch();
   for (const KernelLaunch& each : chain) launch(each, stream);
 }

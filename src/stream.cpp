@@ -45,7 +45,7 @@ void queue_empty(int launches, int device, uintptr_t stream) {
   Chain chain;
   for (int i = 0; i < launches; ++i)
     chain.add(make_launch(empty_kernel(device), 1, kEmptyThreads, start_of(overlaps && i > 0), params));
-  queue_chain(chain, device, stream);
+  queue_chain(chain, device, stream, captured(stream));
 }
 
 }  // namespace mla
