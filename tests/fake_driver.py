@@ -102,6 +102,7 @@ ATTRIBUTES = LENGTHS + [
     name for name, _ in DecodeParams._fields_[1:] if name not in FILLED_BY_LAUNCH
 ]
 WORKERS = 7
+SET = "cuGraphExecKernelNodeSetParams"
 
 
 def filled_params() -> _mla.DecodeParams:
@@ -126,6 +127,16 @@ class Done:
 
     def named(self, call: str) -> list[dict[str, Any]]:
         return [c for c in self.calls if c["call"] == call]
+
+    def sets(self, launches_of_a_step: int) -> list[int]:
+        """How often parameters of a graph were set in each step."""
+        launched = 0
+        steps = [0] * (len(self.named("launch")) // launches_of_a_step)
+        for call in self.calls:
+            if call["call"] == SET:
+                steps[launched // launches_of_a_step] += 1
+            launched += call["call"] == "launch"
+        return steps
 
 
 def build_driver(folder: Path) -> None:

@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from fake_driver import FILL, DecodeParams
+from fake_driver import FILL, SET, DecodeParams
 from mla import _mla
 
 NAME = next(v["name"] for v in _mla.variants() if v["pipeline"] == "sm90_3wg")
@@ -23,7 +23,6 @@ STEPS = f"""{CALL}
 def step(layers, stream=5):
     for layer in layers: call(stream, float(layer), plans=False)
 """
-SET = "cuGraphExecKernelNodeSetParams"
 MOST_OWN = 256  # graphs beyond the first of some kernels on a stream
 STALE = 1024  # calls
 
@@ -38,18 +37,6 @@ def scales_of(launches: list[dict[str, Any]]) -> list[float]:
         DecodeParams.from_buffer_copy(bytes.fromhex(launch["parameters"][0])).scale_log2
         for launch in launches
     ]
-
-
-def sets_of(done: Any, launches_of_a_step: int) -> list[int]:
-    """How often parameters were set in each step."""
-    seen = 0
-    sets: dict[int, int] = {}
-    for call in done.calls:
-        step = sets.setdefault(seen // launches_of_a_step, 0)
-        if call["call"] == SET:
-            sets[seen // launches_of_a_step] = step + 1
-        seen += call["call"] == "launch"
-    return [sets.get(step, 0) for step in range(seen // launches_of_a_step)]
 
 
 def test_a_graph_for_each_stream_device_and_set_of_kernels(run: Any) -> None:
@@ -101,7 +88,7 @@ def test_layers_have_graphs_of_their_own(run: Any, layers: int) -> None:
     done = run(f"{STEPS}\nfor _ in range({steps}): step(range({layers}))")
     launches = done.named("launch")
     assert scales_of(launches) == [float(i) for i in range(layers) for _ in range(2)] * steps
-    assert sets_of(done, 2 * layers) == [2 * (layers - 1)] + [0] * (steps - 1)
+    assert done.sets(2 * layers) == [2 * (layers - 1)] + [0] * (steps - 1)
     graphs = graphs_of(launches)[::2]
     assert graphs[:layers] == [1] * layers
     assert len(set(graphs[layers : 2 * layers])) == layers
@@ -116,7 +103,7 @@ for _ in range(4):
     done = run(script)
     launches = done.named("launch")
     assert scales_of(launches) == [float(i) for i in range(10) for _ in range(2)] * 8
-    assert sets_of(done, 40)[1:] == [0, 0, 0]
+    assert done.sets(40)[1:] == [0, 0, 0]
     streams = [{c["graph"] for c in launches if c["stream"] == stream} for stream in (5, 6)]
     assert [len(graphs) for graphs in streams] == [10, 10]
     assert not streams[0] & streams[1]
@@ -139,7 +126,7 @@ def test_launches_that_never_come_again_share_a_graph(run: Any) -> None:
     launches = done.named("launch")
     assert scales_of(launches) == [float(i) for i in range(calls) for _ in range(2)]
     assert set(graphs_of(launches)) == {1}
-    assert sets_of(done, 2) == [0] + [2] * (calls - 1)
+    assert done.sets(2) == [0] + [2] * (calls - 1)
 
 
 def test_a_new_call_among_layers_takes_no_graph_of_theirs(run: Any) -> None:
@@ -150,7 +137,7 @@ for i in range(6):
     call(5, 1000.0 + i, plans=False)
 """
     done = run(script)
-    sets = sets_of(done, 2 * 62)
+    sets = done.sets(2 * 62)
     assert sets == [2 * 61] + [2] * 5
     new = [call["graph"] for call in done.named("launch")[2 * 61 :: 2 * 62]]
     assert new == [1] * 6
@@ -163,7 +150,7 @@ def test_more_layers_than_graphs(run: Any) -> None:
     launches = done.named("launch")
     assert scales_of(launches) == [float(i) for i in range(layers) for _ in range(2)] * steps
     assert len(set(graphs_of(launches))) == 1 + MOST_OWN
-    assert sets_of(done, 2 * layers)[2:] == [2 * (layers - MOST_OWN)] * (steps - 2)
+    assert done.sets(2 * layers)[2:] == [2 * (layers - MOST_OWN)] * (steps - 2)
 
 
 def test_graphs_go_to_layers_that_are_in_use(run: Any) -> None:
@@ -177,7 +164,7 @@ for _ in range({steps}): step(range(1000, {1000 + others}))
     launches = done.named("launch")[4 * (1 + MOST_OWN) :]
     assert scales_of(launches) == [float(1000 + i) for i in range(others) for _ in range(2)] * steps
     assert len({launch["graph"] for launch in done.named("launch")}) == 1 + MOST_OWN
-    assert not any(sets_of(done, 2)[-others:])
+    assert not any(done.sets(2)[-others:])
 
 
 def test_parameters_that_were_not_set_are_set_at_the_next_call(run: Any) -> None:

@@ -60,6 +60,36 @@ for i, call in enumerate([*calls, *calls]):
         assert p.rope_map.words[0] == maps[call["kv_cache"] + 1024, 64]
 
 
+def test_layers_are_launched_as_in_the_step_before(run: Any) -> None:
+    """From the second step on nothing is set. Each layer has its own addresses."""
+    script = f"""{CALLS}
+for _ in range(3):
+    for call in calls: mla.decode(**call, scale=1.0)
+{PRINT}"""
+    done = run(script, prologue=AS_H200)
+    launches = done.named("launch")
+    got = [params_of(launch).latent for launch in launches[1::3]]
+    assert got == [call["kv_cache"] for call in json.loads(done.printed)] * 3
+    graphs = [launch["graph"] for launch in launches[1::3]]
+    assert len(set(graphs[3:6])) == 3
+    assert graphs[6:] == graphs[3:6]
+    assert done.sets(9) == [6, 0, 0], "all three launches of the second and the third"
+
+
+@pytest.mark.parametrize("workspace", [False, True])
+def test_captured_calls_have_their_launches_one_by_one(run: Any, workspace: bool) -> None:
+    given = "torch.zeros(64 << 20, dtype=torch.uint8)" if workspace else "None"
+    script = f"""{CALLS}
+import os
+workspace = {given}
+for capturing in "0101":
+    os.environ["FAKE_CUDA_CAPTURING"] = capturing
+    mla.decode(**calls[0], scale=1.0, workspace=workspace)
+"""
+    launches = run(script, prologue=AS_H200).named("launch")
+    assert [launch["graph"] > 0 for launch in launches] == ([True] * 3 + [False] * 3) * 2
+
+
 def test_decode_starts_beside_its_planner_and_after_anything_else(run: Any) -> None:
     script = f"""{CALLS}
 plan = mla.plan(calls[0]["seq_lens"], s_q=2, h_q=8, d_qk=576, dtype=torch.bfloat16, page_size=16)
