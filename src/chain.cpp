@@ -1,150 +1,136 @@
 #include "chain.h"
 
-#include <algorithm>
-#include <deque>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <tuple>
-#include <utility>
-
-#include "graph.h"
-#include "hash.h"
+#include <vector>
 
 namespace mla {
 namespace {
 
-// Streams come and go, and graphs stay. Each takes about 100 KB of the device (H200) and 3 KB of the host.
-constexpr size_t kMaxFamilies = 128;  // each has one graph or more
-constexpr size_t kMaxOwn = 256;  // of those: graphs for launches that came again; 61 layers with four sets of kernels
-// Launches that were not made for so many calls may have lost their graph to others that come again.
-constexpr uint64_t kStaleCalls = 1024;
-constexpr size_t kBuckets = 512;
+// Streams come and go, and a graph that may still run cannot be told from one that does not: more than this are not made. Each takes
+// about 100 KB of the device (H200).
+constexpr size_t kMaxGraphs = 128;
 
-// What graphs of a family are alike in: device, stream, kernels. How one starts follows from its kernel and the one before.
+// What a graph was made for: device, stream, kernels. How one starts follows from its kernel and the one before.
 using Key = std::tuple<int, uintptr_t, std::array<const Kernel*, Chain::kMaxLaunches>>;
 
-struct Kept {
-  Graph graph;
-  uint64_t hash = 0;
-  uint64_t last_call = 0;
-  Kept* next = nullptr;  // in its bucket
+struct Node {
+  CUgraphNode handle = nullptr;
+  CUDA_KERNEL_NODE_PARAMS launch{};
+  std::vector<unsigned char> parameters;  // as they were set last
 };
 
-struct Family {
-  std::deque<Kept> graphs;  // the first is for launches without one of their own
-  size_t candidate = 0;     // the last one that was asked whether it is stale
-  bool grows = driver().add_graph_dependencies.function;
+struct Graph {
+  CUgraphExec executable = nullptr;  // null where there is none to be had
+  std::array<Node, Chain::kMaxLaunches> nodes;
 };
 
-// Equal for equal launches. What a launch shares with the one before counts once.
-uint64_t hash_of(const Chain& chain, int device, uintptr_t stream) {
-  uint64_t hash = stream ^ static_cast<uint64_t>(device);
-  const KernelLaunch* before = nullptr;
-  for (const KernelLaunch& each : chain) {
-    const bool shares = before && before->arguments[0] == each.arguments[0] && before->sizes[0] == each.sizes[0];
-    for (int i = shares; i < KernelLaunch::kMaxArguments && each.sizes[i]; ++i)
-      hash = hash_bytes(each.arguments[i], each.sizes[i], hash);
-    before = &each;
-  }
-  return hash;
-}
-
-class Graphs {
+// Lets this thread do what another one's capture would forbid all of them.
+class RelaxedCapture {
  public:
-  // One that is these launches. Null where they have to be made one by one.
-  const Graph* find(const Chain& chain, int device, uintptr_t stream) {
-    const uint64_t hash = hash_of(chain, device, stream);
-    ++calls_;
-    for (Kept* kept = bucket(hash); kept; kept = kept->next)
-      if (kept->hash == hash && kept->graph.is(chain, device, stream)) return use(*kept);
-    Family* const family = find_family(chain, device, stream);
-    if (!family) return nullptr;
-    const bool again = comes_again(hash);
-    Kept* kept = make(*family, again, chain, device, stream);
-    if (!kept) kept = set(*family, again, chain);
-    if (!kept) return nullptr;
-    move(*kept, hash);
-    return use(*kept);
-  }
+  RelaxedCapture() { driver().cuThreadExchangeStreamCaptureMode.function(&mode_); }
+  ~RelaxedCapture() { driver().cuThreadExchangeStreamCaptureMode.function(&mode_); }
 
  private:
-  Kept*& bucket(uint64_t hash) { return buckets_[hash % kBuckets]; }
-
-  const Graph* use(Kept& kept) {
-    kept.last_call = calls_;
-    return &kept.graph;
-  }
-
-  void move(Kept& kept, uint64_t hash) {
-    Kept** at = &bucket(kept.hash);
-    while (*at && *at != &kept) at = &(*at)->next;
-    if (*at) *at = kept.next;
-    kept.hash = hash;
-    kept.next = std::exchange(bucket(hash), &kept);
-  }
-
-  // Whether it is remembered, as it is from now on.
-  bool comes_again(uint64_t hash) {
-    auto& some = remembered_[hash % remembered_.size()];
-    if (std::find(some.begin(), some.end(), hash) != some.end()) return true;
-    std::copy_backward(some.begin(), some.end() - 1, some.end());
-    some[0] = hash;
-    return false;
-  }
-
-  Family* find_family(const Chain& chain, int device, uintptr_t stream) {
-    Key key{device, stream, {}};
-    int size = 0;
-    for (const KernelLaunch& launch : chain) std::get<2>(key)[size++] = launch.kernel;
-    if (const auto found = families_.find(key); found != families_.end()) return &found->second;
-    return families_.size() < kMaxFamilies ? &families_[key] : nullptr;
-  }
-
-  // Null where there is to be no other.
-  Kept* make(Family& family, bool again, const Chain& chain, int device, uintptr_t stream) {
-    const bool first = family.graphs.empty();
-    if (!family.grows || !(first || (again && num_own_ < kMaxOwn))) return nullptr;
-    try {
-      family.graphs.push_back({Graph(chain, device, stream)});
-    } catch (const CudaError&) {  // as of a driver that has no graphs of such kernels
-      family.grows = false;
-      return nullptr;
-    }
-    num_own_ += !first;
-    return &family.graphs.back();
-  }
-
-  // Null if there is none to set.
-  Kept* set(Family& family, bool again, const Chain& chain) {
-    auto& graphs = family.graphs;
-    if (graphs.empty()) return nullptr;
-    Kept* chosen = &graphs.front();
-    if (again) {
-      family.candidate = (family.candidate + 1) % graphs.size();
-      Kept& candidate = graphs[family.candidate];
-      if (calls_ - candidate.last_call > kStaleCalls) chosen = &candidate;
-    }
-    chosen->graph.set(chain);
-    return chosen;
-  }
-
-  std::map<Key, Family> families_;
-  std::array<Kept*, kBuckets> buckets_{};
-  // Hashes of launches that no graph was for: the last 8 of each remainder.
-  std::array<std::array<uint64_t, 8>, 256> remembered_{};
-  uint64_t calls_ = 0;
-  size_t num_own_ = 0;
+  CUstreamCaptureMode mode_ = CU_STREAM_CAPTURE_MODE_RELAXED;
 };
+
+// Puts the parameters where the node points to; false if they are as before.
+bool update(Node& node, const KernelLaunch& launch) {
+  bool changed = node.launch.gridDimX != launch.blocks;
+  size_t at = 0;
+  for (int i = 0; i < KernelLaunch::kMaxArguments && launch.sizes[i]; at += launch.sizes[i++]) {
+    if (node.parameters.size() < at + launch.sizes[i]) node.parameters.resize(at + launch.sizes[i]), changed = true;
+    unsigned char* const kept = node.parameters.data() + at;
+    if (!changed && std::memcmp(kept, launch.arguments[i], launch.sizes[i]) == 0) continue;
+    std::memcpy(kept, launch.arguments[i], launch.sizes[i]);
+    changed = true;
+  }
+  node.launch.gridDimX = launch.blocks;
+  node.launch.kernelParams = const_cast<void**>(launch.arguments.data());
+  return changed;
+}
+
+void set(CUgraphExec executable, Node& node) {
+  const auto& call = driver().cuGraphExecKernelNodeSetParams;
+  if (const CUresult result = call.function(executable, node.handle, &node.launch); result != CUDA_SUCCESS) {
+    node.parameters.clear();
+    throw_cuda_error(call.name, result);
+  }
+}
+
+void add_node(CUgraph graph, const KernelLaunch& launch, int priority, const Node* before, Node& node) {
+  node.launch.kern = launch.kernel->handle;
+  node.launch.gridDimY = node.launch.gridDimZ = 1;
+  node.launch.blockDimX = launch.threads;
+  node.launch.blockDimY = node.launch.blockDimZ = 1;
+  node.launch.sharedMemBytes = launch.kernel->smem_bytes;
+  update(node, launch);
+  driver().cuGraphAddKernelNode(&node.handle, graph, nullptr, 0, &node.launch);
+  CUlaunchAttributeValue value{};
+  value.priority = priority;
+  driver().cuGraphKernelNodeSetAttribute(node.handle, CU_LAUNCH_ATTRIBUTE_PRIORITY, &value);
+  if (!before) return;
+  CUgraphEdgeData edge{};
+  if (launch.start == Start::beside_kernel_before) {
+    edge.type = CU_GRAPH_DEPENDENCY_TYPE_PROGRAMMATIC;
+    edge.from_port = CU_GRAPH_KERNEL_NODE_PORT_PROGRAMMATIC;
+  }
+  driver().add_graph_dependencies(graph, &before->handle, &node.handle, &edge, 1);
+}
+
+void make(const Chain& chain, uintptr_t stream, Graph& made) {
+  const RelaxedCapture relaxed;
+  int priority;
+  driver().cuStreamGetPriority(reinterpret_cast<CUstream>(stream), &priority);
+  CUgraph graph;
+  driver().cuGraphCreate(&graph, 0);
+  const Node* before = nullptr;
+  Node* node = made.nodes.data();
+  for (const KernelLaunch& launch : chain) {
+    add_node(graph, launch, priority, before, *node);
+    before = node++;
+  }
+  driver().cuGraphInstantiateWithFlags(&made.executable, graph,
+                                       0);  // `graph` stays, as what changes it names its nodes
+}
+
+// Null where the launches have to be made one by one.
+Graph* find_graph(const Chain& chain, int device, uintptr_t stream) {
+  static std::map<Key, Graph> graphs;
+  Key key{device, stream, {}};
+  int size = 0;
+  for (const KernelLaunch& launch : chain) std::get<2>(key)[size++] = launch.kernel;
+  auto found = graphs.find(key);
+  if (found == graphs.end()) {
+    if (graphs.size() >= kMaxGraphs) return nullptr;
+    found = graphs.emplace(key, Graph{}).first;
+    try {
+      if (driver().add_graph_dependencies.function) make(chain, stream, found->second);
+    } catch (const CudaError&) {  // as of a driver that has no graphs of such kernels
+    }
+  }
+  return found->second.executable ? &found->second : nullptr;
+}
 
 }  // namespace
 
 void queue_chain(const Chain& chain, int device, uintptr_t stream, bool captured) {
   static std::mutex mutex;
-  static Graphs graphs;
   const std::lock_guard<std::mutex> lock(mutex);  // from the parameters to the launch
-  const Graph* const graph = captured ? nullptr : graphs.find(chain, device, stream);
-  if (graph) return graph->launch();
-  for (const KernelLaunch& each : chain) launch(each, stream);
+  Graph* const graph = captured ? nullptr : find_graph(chain, device, stream);
+  if (!graph) {
+    for (const KernelLaunch& each : chain) launch(each, stream);
+    return;
+  }
+  Node* node = graph->nodes.data();
+  for (const KernelLaunch& each : chain) {
+    if (update(*node, each)) set(graph->executable, *node);
+    ++node;
+  }
+  driver().cuGraphLaunch(graph->executable, reinterpret_cast<CUstream>(stream));
 }
 
 }  // namespace mla

@@ -22,8 +22,7 @@ class Chain {
 };
 
 // Queues them. Where the driver can, and the stream is not being captured, as a graph that is kept for these kernels on this stream, with
-// the parameters of this call: for the host that is about one launch, and one alone if a graph has these parameters already. The device's
-// context is current. From any thread.
+// the parameters of this call: for the host that is about one launch. The device's context is current. From any thread.
 void queue_chain(const Chain& chain, int device, uintptr_t stream, bool captured);
 
 }  // namespace mla

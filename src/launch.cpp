@@ -110,9 +110,10 @@ void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& give
   chain.add(make_launch(*kernels.decode, static_cast<unsigned>(params.num_workers),
                         32 * static_cast<unsigned>(variant.warps),
                         plans ? kernels.decode_start : Start::after_kernel_before, params));
+  const CombineParams combined = combine_params(params);
   if (params.o_partial)
     chain.add(make_launch(*kernels.combine, combine_ctas(variant, params), kCombineThreads, kernels.combine_start,
-                          params, arguments.shape));
+                          combined, arguments.shape));
   queue_chain(chain, device, stream, captured);
 }
 

@@ -1,14 +1,13 @@
 // A stand-in for libcuda.so.1: enough of the driver to see, without a GPU, what the extension would do with one.
 //
 // It has two devices. Every call that changes something is appended to $FAKE_CUDA_LOG, one JSON object a line. Knobs:
-//   FAKE_CUDA_VERSION     what cuDriverGetVersion says (default 12030)
-//   FAKE_CUDA_FAIL        "<call>=<code>": that call fails
-//   FAKE_CUDA_LACKS       a call that it does not have
-//   FAKE_CUDA_CAPTURING   1: streams are being captured
-//   FAKE_CUDA_SMEM        "<bytes per SM>,<bytes per block, opt-in>" (default: those of an H100)
-//   FAKE_CUDA_SM          the compute capability (default 90)
-//   FAKE_CUDA_FAIL_SET    n: the n-th cuGraphExecKernelNodeSetParams fails, with 719
-//   FAKE_CUDA_MOST_GRAPHS more cannot be instantiated
+//   FAKE_CUDA_VERSION   what cuDriverGetVersion says (default 12030)
+//   FAKE_CUDA_FAIL      "<call>=<code>": that call fails
+//   FAKE_CUDA_LACKS     a call that it does not have
+//   FAKE_CUDA_CAPTURING 1: streams are being captured
+//   FAKE_CUDA_SMEM      "<bytes per SM>,<bytes per block, opt-in>" (default: those of an H100)
+//   FAKE_CUDA_SM        the compute capability (default 90)
+//   FAKE_CUDA_FAIL_SET  n: the n-th cuGraphExecKernelNodeSetParams fails, with 719
 #include <cuda.h>
 
 #include <cstdlib>

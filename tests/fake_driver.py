@@ -81,6 +81,23 @@ class DecodeParams(ctypes.Structure):
     ]
 
 
+class CombineParams(ctypes.Structure):
+    """What the combine kernel gets of them."""
+
+    _anonymous_ = ("lengths",)
+    _fields_ = [
+        ("lengths", Lengths),
+        ("out", ctypes.c_uint64),
+        *_strides("out", "batch", "token", "head"),
+        ("lse", ctypes.c_uint64),
+        *_strides("lse", "batch", "token", "head"),
+        ("by_h_q", FastDivisor),
+        ("plan", ctypes.c_uint64),
+        ("o_partial", ctypes.c_uint64),
+        ("lse2_partial", ctypes.c_uint64),
+    ]
+
+
 MERGED = ("o_a", "o_b", "out", "lse_a", "lse_b", "lse")
 
 
@@ -101,6 +118,7 @@ FILLED_BY_LAUNCH = ("by_page_size", "by_h_q", "box_rows", "_before_maps", "laten
 ATTRIBUTES = LENGTHS + [
     name for name, _ in DecodeParams._fields_[1:] if name not in FILLED_BY_LAUNCH
 ]
+COMBINED = LENGTHS + [name for name, _ in CombineParams._fields_[1:] if name != "by_h_q"]
 WORKERS = 7
 SET = "cuGraphExecKernelNodeSetParams"
 
@@ -118,6 +136,12 @@ def values_of(struct: ctypes.Structure, names: list[str]) -> dict[str, Any]:
     return {name: getattr(struct, name) for name in names}
 
 
+def params_of(launch: dict[str, Any]) -> DecodeParams | CombineParams:
+    """The first parameter of a decode kernel or of its combine."""
+    kind = CombineParams if "combine" in launch["kernel"] else DecodeParams
+    return kind.from_buffer_copy(bytes.fromhex(launch["parameters"][0]))
+
+
 @dataclass
 class Done:
     """What a script printed and asked of the driver."""
@@ -127,16 +151,6 @@ class Done:
 
     def named(self, call: str) -> list[dict[str, Any]]:
         return [c for c in self.calls if c["call"] == call]
-
-    def sets(self, launches_of_a_step: int) -> list[int]:
-        """How often parameters of a graph were set in each step."""
-        launched = 0
-        steps = [0] * (len(self.named("launch")) // launches_of_a_step)
-        for call in self.calls:
-            if call["call"] == SET:
-                steps[launched // launches_of_a_step] += 1
-            launched += call["call"] == "launch"
-        return steps
 
 
 def build_driver(folder: Path) -> None:

@@ -72,7 +72,7 @@ std::vector<size_t> parameter_sizes(const std::string& kernel) {
     return {sizeof(Lengths), sizeof(schedule::Shape), sizeof(int32_t), sizeof(PlanHeader*), sizeof(parts::Limits)};
   if (kernel.rfind("mla_plan", 0) == 0)
     return {sizeof(Lengths), sizeof(schedule::Shape), sizeof(int32_t), sizeof(PlanHeader*)};
-  if (kernel.rfind("mla_combine", 0) == 0) return {sizeof(DecodeParams), sizeof(schedule::Shape)};
+  if (kernel.rfind("mla_combine", 0) == 0) return {sizeof(CombineParams), sizeof(schedule::Shape)};
   if (kernel.rfind("mla_append", 0) == 0) return {sizeof(AppendParams)};
   if (kernel.rfind("mla_merge", 0) == 0) return {sizeof(MergeParams)};
   if (kernel == "mla_stream") return {sizeof(void*), sizeof(int64_t), sizeof(void*)};

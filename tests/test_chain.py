@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from fake_driver import FILL, SET, DecodeParams
+from fake_driver import FILL, SET, params_of
 from mla import _mla
 
 NAME = next(v["name"] for v in _mla.variants() if v["pipeline"] == "sm90_3wg")
@@ -18,25 +18,8 @@ def call(stream, scale=1.0, device=0, plans=True):
 """
 
 
-# As of a model: a call for each layer, in every step. Decode and its combine.
-STEPS = f"""{CALL}
-def step(layers, stream=5):
-    for layer in layers: call(stream, float(layer), plans=False)
-"""
-MOST_OWN = 256  # graphs beyond the first of some kernels on a stream
-STALE = 1024  # calls
-
-
 def graphs_of(launches: list[dict[str, Any]]) -> list[int]:
     return [launch["graph"] for launch in launches]
-
-
-def scales_of(launches: list[dict[str, Any]]) -> list[float]:
-    """What the kernels would compute with, of decode and combine."""
-    return [
-        DecodeParams.from_buffer_copy(bytes.fromhex(launch["parameters"][0])).scale_log2
-        for launch in launches
-    ]
 
 
 def test_a_graph_for_each_stream_device_and_set_of_kernels(run: Any) -> None:
@@ -58,125 +41,27 @@ for _ in range(2):
 
 
 def test_each_launch_has_the_parameters_of_its_call(run: Any) -> None:
-    """What did not change is not set again: here the planner's do not."""
+    """What did not change is not set again: here the planner's and the combine's do not."""
     scales = [1.0, 2.0, 2.0, 3.0]
     done = run(f"{CALL}\nfor scale in {scales}: call(5, scale)")
     launches = done.named("launch")
     for scale, start in zip(scales, range(0, len(launches), 3), strict=True):
-        assert scales_of(launches[start + 1 : start + 3]) == [scale] * 2
+        assert params_of(launches[start + 1]).scale_log2 == scale
     changes = sum(a != b for a, b in pairwise(scales))
     kernels = [c["kernel"] for c in done.named(SET)]
-    assert [kernel.split("_")[1] for kernel in kernels] == ["sm90", "combine"] * changes
+    assert [kernel.split("_")[1] for kernel in kernels] == ["sm90"] * changes
 
 
 def test_grids_change_with_sizes(run: Any) -> None:
     script = f"""{CALL}
-for requests in (1, 2):
+for requests in (1, 2, 1):
     p.num_requests, p.total_q, p.h_q, p.num_workers = requests, requests, 16, 132
     call(5)
 """
     launches = run(script).named("launch")
     grids = [launch["grid"] for launch in launches[2::3]]
-    assert grids[0] < grids[1]
+    assert grids[0] == grids[2] < grids[1]
     assert set(graphs_of(launches)) == {1}
-
-
-@pytest.mark.parametrize("layers", [1, 2, 61, MOST_OWN])
-def test_layers_have_graphs_of_their_own(run: Any, layers: int) -> None:
-    """From the second step on. They launch what they did, and nothing is set."""
-    steps = 4
-    done = run(f"{STEPS}\nfor _ in range({steps}): step(range({layers}))")
-    launches = done.named("launch")
-    assert scales_of(launches) == [float(i) for i in range(layers) for _ in range(2)] * steps
-    assert done.sets(2 * layers) == [2 * (layers - 1)] + [0] * (steps - 1)
-    graphs = graphs_of(launches)[::2]
-    assert graphs[:layers] == [1] * layers
-    assert len(set(graphs[layers : 2 * layers])) == layers
-    assert graphs[2 * layers :] == graphs[layers : 2 * layers] * 2
-
-
-def test_equal_layers_on_two_streams_do_not_share_a_graph(run: Any) -> None:
-    script = f"""{STEPS}
-for _ in range(4):
-    for stream in (5, 6): step(range(10), stream)
-"""
-    done = run(script)
-    launches = done.named("launch")
-    assert scales_of(launches) == [float(i) for i in range(10) for _ in range(2)] * 8
-    assert done.sets(40)[1:] == [0, 0, 0]
-    streams = [{c["graph"] for c in launches if c["stream"] == stream} for stream in (5, 6)]
-    assert [len(graphs) for graphs in streams] == [10, 10]
-    assert not streams[0] & streams[1]
-
-
-def test_equal_parameters_of_other_kernels_do_not_share_a_graph(run: Any) -> None:
-    script = f"""{CALL}
-for _ in range(3):
-    for dtype in ("bfloat16", "float16"): _mla.launch_decode({NAME!r}, dtype, p, False, 0, 5)
-"""
-    launches = run(script).named("launch")
-    kinds = [launch["kernel"].split("_")[-1] for launch in launches[::2]]
-    assert kinds == ["bf16", "fp16"] * 3
-    assert graphs_of(launches) == [1, 1, 2, 2] * 3
-
-
-def test_launches_that_never_come_again_share_a_graph(run: Any) -> None:
-    calls = 600
-    done = run(f"{STEPS}\nstep(range({calls}))")
-    launches = done.named("launch")
-    assert scales_of(launches) == [float(i) for i in range(calls) for _ in range(2)]
-    assert set(graphs_of(launches)) == {1}
-    assert done.sets(2) == [0] + [2] * (calls - 1)
-
-
-def test_a_new_call_among_layers_takes_no_graph_of_theirs(run: Any) -> None:
-    """It takes the first, so that the layer that had this one gets one of its own."""
-    script = f"""{STEPS}
-for i in range(6):
-    step(range(61))
-    call(5, 1000.0 + i, plans=False)
-"""
-    done = run(script)
-    sets = done.sets(2 * 62)
-    assert sets == [2 * 61] + [2] * 5
-    new = [call["graph"] for call in done.named("launch")[2 * 61 :: 2 * 62]]
-    assert new == [1] * 6
-
-
-def test_more_layers_than_graphs(run: Any) -> None:
-    """Those that have one keep it; the others share the first."""
-    layers, steps = MOST_OWN + 45, 5
-    done = run(f"{STEPS}\nfor _ in range({steps}): step(range({layers}))")
-    launches = done.named("launch")
-    assert scales_of(launches) == [float(i) for i in range(layers) for _ in range(2)] * steps
-    assert len(set(graphs_of(launches))) == 1 + MOST_OWN
-    assert done.sets(2 * layers)[2:] == [2 * (layers - MOST_OWN)] * (steps - 2)
-
-
-def test_graphs_go_to_layers_that_are_in_use(run: Any) -> None:
-    """Others come: when those before were not for long, their graphs are given away."""
-    others, steps = 61, 2 * (STALE + MOST_OWN) // 61
-    script = f"""{STEPS}
-for _ in range(2): step(range({1 + MOST_OWN}))
-for _ in range({steps}): step(range(1000, {1000 + others}))
-"""
-    done = run(script)
-    launches = done.named("launch")[4 * (1 + MOST_OWN) :]
-    assert scales_of(launches) == [float(1000 + i) for i in range(others) for _ in range(2)] * steps
-    assert len({launch["graph"] for launch in done.named("launch")}) == 1 + MOST_OWN
-    assert not any(done.sets(2)[-others:])
-
-
-def test_parameters_that_were_not_set_are_set_at_the_next_call(run: Any) -> None:
-    """Of decode they are those of the failed call then, of its combine those of the one before."""
-    script = f"""{STEPS}
-for scale in (1.0, 2.0, 1.0, 2.0, 2.0):
-    try: call(5, scale, plans=False)
-    except _mla.CudaError as error: print(scale, error.api, error.code)
-"""
-    done = run(script, FAKE_CUDA_FAIL_SET="2")
-    assert done.printed == f"2.0 {SET} 719\n"
-    assert scales_of(done.named("launch")) == [1.0] * 4 + [2.0] * 4
 
 
 def test_a_graph_has_the_priority_of_its_stream(run: Any) -> None:
@@ -202,7 +87,7 @@ def test_launches_one_by_one(run: Any, knobs: dict[str, str]) -> None:
     assert not done.named(SET)
 
 
-def test_streams_with_graphs_are_bounded(run: Any) -> None:
+def test_graphs_are_bounded(run: Any) -> None:
     """Streams beyond have their launches one by one."""
     script = f"{CALL}\nfor _ in range(2):\n    for stream in range(100, 230): call(stream)"
     launches = run(script).named("launch")
@@ -210,12 +95,22 @@ def test_streams_with_graphs_are_bounded(run: Any) -> None:
     assert graphs_of(launches) == 2 * once
 
 
-def test_a_driver_that_makes_no_second_graph(run: Any) -> None:
-    done = run(f"{STEPS}\nfor _ in range(3): step(range(4))", FAKE_CUDA_MOST_GRAPHS="1")
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_parameters_that_were_not_set_are_set_by_the_next_call(run: Any, failing: int) -> None:
+    """Of a node behind one that was, or of the one itself."""
+    script = f"""{CALL}
+for address in (4096, 8192, 8192, 4096):
+    p.plan = address  # which all three read
+    try: call(5)
+    except _mla.CudaError as error: print(address, error.api, error.code)
+"""
+    done = run(script, FAKE_CUDA_FAIL_SET=str(failing))
+    assert done.printed == f"8192 {SET} 719\n"
     launches = done.named("launch")
-    assert scales_of(launches) == [float(i) for i in range(4) for _ in range(2)] * 3
-    assert set(graphs_of(launches)) == {1}
-    assert len(done.named("cuGraphInstantiateWithFlags")) == 2, "it is asked no more"
+    plans = [int.from_bytes(bytes.fromhex(c["parameters"][3]), "little") for c in launches[::3]]
+    assert plans == [4096, 8192, 4096]
+    assert [params_of(c).plan for c in launches[1::3]] == plans
+    assert [params_of(c).plan for c in launches[2::3]] == plans
 
 
 @pytest.mark.parametrize("failing", [SET, "cuGraphLaunch"])

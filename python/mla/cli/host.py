@@ -23,10 +23,8 @@ from .console import console, make_table
 from .devices import device_name
 
 B, H_Q, MAX_PAGES = 32, 16, 64
-LAYERS = 61  # whose caches are attended to in turns
 # Of one batch, between two waits: with three launches each they fit into the driver's queue.
 CALLS_ON_GPU, CALLS_ON_CPU = 50, 2
-WARM_UP = 3  # batches: two steps through all layers on a GPU
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ def run(args: Namespace, device: torch.device) -> int:
     with torch.inference_mode():
         timed = {
             each.name: cpu_us(each.call, calls, batches, device)
-            for each in host_calls(args, device, calls * (batches + WARM_UP))
+            for each in host_calls(args, device, calls * (batches + 1))
         }
     title = f"CPU time per call, {device_name(device)}, torch {torch.__version__}"
     table = make_table(title, "call", "us", numbers=1)
@@ -58,12 +56,12 @@ def run(args: Namespace, device: torch.device) -> int:
 
 
 def cpu_us(call: Callable[[int], object], calls: int, batches: int, device: torch.device) -> float:
-    """Of one call in this thread."""
+    """Of one call in this thread; a batch before the clock warms up."""
     samples = []
     gc.collect()
     gc.disable()
     try:
-        for first in range(0, calls * (batches + WARM_UP), calls):
+        for first in range(0, calls * (batches + 1), calls):
             start = thread_time()
             for i in range(first, first + calls):
                 call(i)
@@ -72,7 +70,7 @@ def cpu_us(call: Callable[[int], object], calls: int, batches: int, device: torc
                 torch.cuda.synchronize(device)
     finally:
         gc.enable()
-    return median(samples[WARM_UP:])
+    return median(samples[1:])
 
 
 def host_calls(args: Namespace, device: torch.device, most: int) -> list[HostCall]:
@@ -87,7 +85,7 @@ def host_calls(args: Namespace, device: torch.device, most: int) -> list[HostCal
         return torch.zeros(shape, dtype=dtype, device=device)
 
     q = zeros(B, 1, H_Q, d_qk)
-    caches = [zeros(1, page_size, d_qk) for _ in range(LAYERS)]
+    caches = [zeros(1, page_size, d_qk) for _ in range(2)]  # as of two layers
     columns = MAX_PAGES + most // B
     table = zeros(B, columns, dtype=torch.int32)
     lens = torch.ones(B, dtype=torch.int32, device=device)
@@ -112,7 +110,7 @@ def host_calls(args: Namespace, device: torch.device, most: int) -> list[HostCal
 
     def steady(given: bool, planned: bool) -> Callable[[int], object]:
         calls = [decode(B, MAX_PAGES, given, planned, cache) for cache in caches]
-        return lambda i: calls[i % LAYERS]()
+        return lambda i: calls[i % 2]()
 
     def first(planned: bool) -> Callable[[int], object]:
         # The largest comes first: no other waits for a larger workspace.
