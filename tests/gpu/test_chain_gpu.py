@@ -44,7 +44,7 @@ def test_many_in_flight(row: Variant, planned: bool, device: torch.device) -> No
 @pytest.mark.parametrize("planned", [False, True], ids=["", "plan"])
 @one_of_each
 def test_layers_in_turns(row: Variant, planned: bool, device: torch.device) -> None:
-    """Steps of a model, queued before the first begins: layers get graphs of their own."""
+    """Steps of a model, all queued before the first begins: each call sets what differs."""
     layers = [
         make_problem(Case((3000, 40), d_qk=row.d_qk), device, seed=seed) for seed in range(61)
     ]
