@@ -134,6 +134,24 @@ struct DecodeParams {
   TensorMap latent_map, rope_map;
 };
 
+// What the combine kernel reads of them. Not the cache nor the query, which are others in each layer of a model: so its parameters are
+// often those of the call before, which saves the host to set them.
+struct CombineParams {
+  Lengths lengths;
+  void* out;
+  RowStrides out_strides;
+  float* lse;
+  RowStrides lse_strides;
+  FastDivisor by_h_q;
+  const PlanHeader* plan;
+  void* o_partial;
+  float* lse2_partial;
+};
+
+inline CombineParams combine_params(const DecodeParams& p) {
+  return {p.lengths, p.out, p.out_strides, p.lse, p.lse_strides, p.by_h_q, p.plan, p.o_partial, p.lse2_partial};
+}
+
 // TMA boxes of the cache have at least this many rows of one page; pages that none fit are copied row by row.
 constexpr int kMinBoxRows = 16;
 

@@ -4,8 +4,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "chain.h"
 #include "common/append.h"
-#include "launch_kernel.h"
 #include "registry.h"
 
 namespace mla {
@@ -63,8 +63,8 @@ void launch_append(std::string_view dtype, const AppendAddresses& addresses, con
 
   const ContextGuard guard(device);
   const int64_t ctas = (int64_t{p.num_tokens} + kAppendTokensPerCta - 1) / kAppendTokensPerCta;
-  launch_kernel(get_kernel("append", entry, device, Occupancy::any), static_cast<unsigned>(ctas), kAppendThreads,
-                stream, p);
+  queue_alone(get_kernel("append", entry, device, Occupancy::any), static_cast<unsigned>(ctas), kAppendThreads, p,
+              device, stream);
 }
 
 }  // namespace mla

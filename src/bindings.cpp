@@ -213,7 +213,12 @@ NB_MODULE(_mla, m) {
   m.def(
       "launch_decode",
       [](std::string_view variant, std::string_view dtype, const DecodeParams& params, bool plans, int device,
-         uintptr_t stream) { launch_decode(find_variant(variant), find_dtype(dtype), params, plans, device, stream); },
+         uintptr_t stream) {
+        const Variant& row = find_variant(variant);
+        const Dtype type = find_dtype(dtype);
+        const ContextGuard guard(device);
+        launch_decode(row, type, params, plans, device, stream, captured(stream));
+      },
       "variant"_a, "dtype"_a, "params"_a, "plans"_a, "device"_a, "stream"_a,
       "Runs the variant's kernel by params.plan, which it writes first if `plans`, then combines what was split.");
   m.def("launch_append", &launch_append, "dtype"_a, "addresses"_a, "strides"_a, "sizes"_a, "interleaved"_a, "device"_a,

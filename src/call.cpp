@@ -122,7 +122,11 @@ bool Key::operator==(const Key& other) const {
 size_t Key::hash() const {
   constexpr uint64_t kFactor = 0x9E3779B97F4A7C15;
   uint64_t sums[4] = {1, 2, 3, 4};
-  for (int i = 0; i < size_; ++i) sums[i % 4] = (sums[i % 4] ^ static_cast<uint64_t>(words_[i])) * kFactor;
+  const auto add = [&](int i, int sum) { sums[sum] = (sums[sum] ^ static_cast<uint64_t>(words_[i])) * kFactor; };
+  int done = 0;
+  for (; done + 4 <= size_; done += 4)
+    for (int sum = 0; sum < 4; ++sum) add(done + sum, sum);  // which stay in registers
+  for (; done < size_; ++done) add(done, done % 4);
   uint64_t all = static_cast<uint64_t>(size_);
   for (const uint64_t sum : sums) all = (all ^ sum ^ sum >> 32) * kFactor;
   return all ^ all >> 32;

@@ -117,10 +117,10 @@ Graph* find_graph(const Chain& chain, int device, uintptr_t stream) {
 
 }  // namespace
 
-void queue_chain(const Chain& chain, int device, uintptr_t stream) {
+void queue_chain(const Chain& chain, int device, uintptr_t stream, bool captured) {
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);  // from the parameters to the launch
-  Graph* const graph = capturing(device, stream) ? nullptr : find_graph(chain, device, stream);
+  Graph* const graph = captured ? nullptr : find_graph(chain, device, stream);
   if (!graph) {
     for (const KernelLaunch& each : chain) launch(each, stream);
     return;

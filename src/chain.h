@@ -23,6 +23,15 @@ class Chain {
 
 // Queues them. Where the driver can, and the stream is not being captured, as a graph that is kept for these kernels on this stream, with
 // the parameters of this call: for the host that is about one launch. The device's context is current. From any thread.
-void queue_chain(const Chain& chain, int device, uintptr_t stream);
+void queue_chain(const Chain& chain, int device, uintptr_t stream, bool captured);
+
+// The same for a kernel by itself, with one parameter.
+template <class Params>
+void queue_alone(const Kernel& kernel, unsigned blocks, unsigned threads, const Params& params, int device,
+                 uintptr_t stream) {
+  Chain chain;
+  chain.add(make_launch(kernel, blocks, threads, Start::after_kernel_before, params));
+  queue_chain(chain, device, stream, captured(stream));
+}
 
 }  // namespace mla

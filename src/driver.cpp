@@ -4,6 +4,7 @@
 
 #include <map>
 #include <mutex>
+#include <utility>
 
 namespace mla {
 namespace {
@@ -83,6 +84,8 @@ const LoadedDriver& loaded_driver() {
 
 // Retained once and for good, as PyTorch does: it goes with the process.
 CUcontext primary_context(int device) {
+  thread_local std::pair<int, CUcontext> last{-1, nullptr};  // each call asks a few times
+  if (last.first == device) return last.second;
   static std::mutex mutex;
   static std::map<int, CUcontext> contexts;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -92,6 +95,7 @@ CUcontext primary_context(int device) {
     driver().cuDeviceGet(&handle, device);
     driver().cuDevicePrimaryCtxRetain(&context, handle);
   }
+  last = {device, context};
   return context;
 }
 
@@ -136,6 +140,10 @@ bool overlaps_launches(int device) { return compute_capability(device) >= 90; }
 
 bool capturing(int device, uintptr_t stream) {
   const ContextGuard guard(device);  // the default stream is that of the current context
+  return captured(stream);
+}
+
+bool captured(uintptr_t stream) {
   CUstreamCaptureStatus status;
   driver().cuStreamIsCapturing(reinterpret_cast<CUstream>(stream), &status);
   return status != CU_STREAM_CAPTURE_STATUS_NONE;

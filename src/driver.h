@@ -96,6 +96,8 @@ bool overlaps_launches(int device);
 
 // Whether a stream is being captured into a graph.
 bool capturing(int device, uintptr_t stream);
+// The same where the device's context is current.
+bool captured(uintptr_t stream);
 
 // Whether the primary context of a device is this thread's current one.
 bool is_current(int device);

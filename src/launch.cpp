@@ -91,11 +91,11 @@ void launch_plan(const Variant& variant, const DecodeParams& params, int device,
   PlanArguments arguments{};
   Chain chain;
   add_plan(variant, params, device, arguments, chain);
-  queue_chain(chain, device, stream);
+  queue_chain(chain, device, stream, captured(stream));
 }
 
 void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& given, bool plans, int device,
-                   uintptr_t stream) {
+                   uintptr_t stream, bool captured) {
   if (given.page_size < 1 || given.lengths.h_q < 1) throw std::invalid_argument("page_size and h_q must be positive");
   const ContextGuard guard(device);
   DecodeParams params = given;
@@ -110,10 +110,11 @@ void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& give
   chain.add(make_launch(*kernels.decode, static_cast<unsigned>(params.num_workers),
                         32 * static_cast<unsigned>(variant.warps),
                         plans ? kernels.decode_start : Start::after_kernel_before, params));
+  const CombineParams combined = combine_params(params);
   if (params.o_partial)
     chain.add(make_launch(*kernels.combine, combine_ctas(variant, params), kCombineThreads, kernels.combine_start,
-                          params, arguments.shape));
-  queue_chain(chain, device, stream);
+                          combined, arguments.shape));
+  queue_chain(chain, device, stream, captured);
 }
 
 void preload(const Variant& variant, int device) {

@@ -16,9 +16,10 @@ inline schedule::Shape shape_of(const Variant& variant) {
 void launch_plan(const Variant& variant, const DecodeParams& params, int device, uintptr_t stream);
 
 // Decodes by the schedule at params.plan, which it writes first if `plans`: the variant's kernel, beside the planner if it can, then
-// the combination of what it split, unless there is no room for partial results (o_partial is null, as partial_slots is 0).
+// the combination of what it split, unless there is no room for partial results (o_partial is null, as partial_slots is 0). `captured`:
+// whether the stream is, which the caller knows.
 void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& params, bool plans, int device,
-                   uintptr_t stream);
+                   uintptr_t stream, bool captured);
 
 // Does now what the first launches on this device would do: load the images and move them into the context.
 void preload(const Variant& variant, int device);

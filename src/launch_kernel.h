@@ -50,9 +50,4 @@ inline void launch(const KernelLaunch& launch, uintptr_t stream) {
                             const_cast<void**>(launch.arguments.data()), nullptr);
 }
 
-template <class... Args>
-void launch_kernel(const Kernel& kernel, unsigned blocks, unsigned threads, uintptr_t stream, const Args&... args) {
-  launch(make_launch(kernel, blocks, threads, Start::after_kernel_before, args...), stream);
-}
-
 }  // namespace mla

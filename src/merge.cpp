@@ -5,8 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "chain.h"
 #include "common/merge.h"
-#include "launch_kernel.h"
 
 namespace mla {
 namespace {
@@ -73,8 +73,8 @@ void launch_merge(std::string_view dtype, const std::array<uintptr_t, kMergeTens
   const ContextGuard guard(device);
   const std::string entry = std::string("mla_merge_") + element.name + (aligned ? "" : "_unaligned");
   const int64_t ctas = (int64_t{p.num_rows} + p.rows_per_cta - 1) / p.rows_per_cta;
-  launch_kernel(get_kernel("merge", entry, device, Occupancy::any), static_cast<unsigned>(ctas), kMergeThreads, stream,
-                p);
+  queue_alone(get_kernel("merge", entry, device, Occupancy::any), static_cast<unsigned>(ctas), kMergeThreads, p, device,
+              stream);
 }
 
 }  // namespace mla

@@ -77,9 +77,10 @@ nb::object queue(const Prepared& prepared, const Call& call) {
   set(p.lse, lse.data);
 
   const uintptr_t stream = torch::current_stream(prepared.device);
+  const bool captured = queue_is_captured(prepared.device, stream);
   Scratch scratch;
   if (tensors[kWorkspace].exists()) scratch.data = tensors[kWorkspace].data;
-  else if (queue_is_captured(prepared.device, stream))  // the graph keeps it, in torch's pool of that graph
+  else if (captured)  // the graph keeps it, in torch's pool of that graph
     scratch = new_workspace(prepared.workspace_bytes, prepared.torch_device);
   else scratch = reserve_workspace(prepared.device, stream, prepared.workspace_bytes, prepared.torch_device);
   // The GIL is held from here to the end: calls of two threads on one stream share its workspace, so their launches must not mix.
@@ -89,7 +90,7 @@ nb::object queue(const Prepared& prepared, const Call& call) {
   }
   if (call.plan) p.plan = call.plan->address();
   else set(p.plan, scratch.data);
-  queue_decode(*prepared.variant, prepared.dtype, p, !call.plan, prepared.device, stream);
+  queue_decode(*prepared.variant, prepared.dtype, p, !call.plan, prepared.device, stream, captured);
   return call.return_lse ? nb::make_tuple(out.tensor, lse.tensor) : out.tensor;
 }
 

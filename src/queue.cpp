@@ -29,10 +29,10 @@ void queue_plan(const Variant& variant, const DecodeParams& params, int device, 
 }
 
 void queue_decode(const Variant& variant, Dtype dtype, const DecodeParams& params, bool plans, int device,
-                  uintptr_t stream) {
+                  uintptr_t stream, bool captured) {
   if (redirection)
     redirection->launch_decode(to_str(variant.name), to_str(name_of(dtype)), nb::cast(params), plans, device, stream);
-  else launch_decode(variant, dtype, params, plans, device, stream);
+  else launch_decode(variant, dtype, params, plans, device, stream, captured);
 }
 
 bool queue_is_captured(int device, uintptr_t stream) {

@@ -24,8 +24,10 @@ void launch_stream(uintptr_t address, int64_t bytes, uintptr_t sum, int ctas, in
     throw std::invalid_argument("address and bytes must be multiples of 16");
   if (ctas < 1) throw std::invalid_argument("ctas must be positive");
   const ContextGuard guard(device);
-  launch_kernel(get_kernel("stream", "mla_stream", device, Occupancy::any), static_cast<unsigned>(ctas), kStreamThreads,
-                stream, address, bytes / kVectorBytes, sum);
+  const int64_t vectors = bytes / kVectorBytes;
+  launch(make_launch(get_kernel("stream", "mla_stream", device, Occupancy::any), static_cast<unsigned>(ctas),
+                     kStreamThreads, Start::after_kernel_before, address, vectors, sum),
+         stream);
 }
 
 void launch_empty(bool beside, int device, uintptr_t stream) {
@@ -45,7 +47,7 @@ void queue_empty(int launches, int device, uintptr_t stream) {
   Chain chain;
   for (int i = 0; i < launches; ++i)
     chain.add(make_launch(empty_kernel(device), 1, kEmptyThreads, start_of(overlaps && i > 0), params));
-  queue_chain(chain, device, stream);
+  queue_chain(chain, device, stream, captured(stream));
 }
 
 }  // namespace mla

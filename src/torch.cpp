@@ -193,9 +193,12 @@ void use_exchange_api(bool wanted) { torch().use_exchange = wanted; }
 uintptr_t current_stream(int device) {
   const Torch& known = torch();
   const nb::object index = nb::int_(device);
-  // Looked up at each call: it is there only where torch is built with CUDA.
-  return nb::cast<uintptr_t>(checked(
-      PyObject_CallMethodObjArgs(known.c_module, known.current_stream, index.ptr(), static_cast<PyObject*>(nullptr))));
+  // Looked up at each call: it is there only where torch is built with CUDA. In the module's dict, as that takes less than an attribute.
+  PyObject* const found = PyDict_GetItemWithError(PyModule_GetDict(known.c_module), known.current_stream);
+  const nb::object function =
+      found ? nb::borrow(found) : checked(PyObject_GetAttr(known.c_module, known.current_stream));
+  return nb::cast<uintptr_t>(
+      checked(PyObject_CallFunctionObjArgs(function.ptr(), index.ptr(), static_cast<PyObject*>(nullptr))));
 }
 
 bool grad_enabled() { return checked(PyObject_CallNoArgs(torch().is_grad_enabled)).is(Py_True); }

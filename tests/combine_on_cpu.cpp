@@ -178,8 +178,9 @@ void store() {
 }
 
 void combine() {
-  if (sizes.fp16) sizes.d_v == 512 ? mla_combine_fp16_v512(params, shape) : mla_combine_fp16_v256(params, shape);
-  else sizes.d_v == 512 ? mla_combine_bf16_v512(params, shape) : mla_combine_bf16_v256(params, shape);
+  const mla::CombineParams combined = mla::combine_params(params);
+  if (sizes.fp16) sizes.d_v == 512 ? mla_combine_fp16_v512(combined, shape) : mla_combine_fp16_v256(combined, shape);
+  else sizes.d_v == 512 ? mla_combine_bf16_v512(combined, shape) : mla_combine_bf16_v256(combined, shape);
 }
 
 }  // namespace

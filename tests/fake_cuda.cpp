@@ -6,6 +6,8 @@
 //   FAKE_CUDA_LACKS     a call that it does not have
 //   FAKE_CUDA_CAPTURING 1: streams are being captured
 //   FAKE_CUDA_SMEM      "<bytes per SM>,<bytes per block, opt-in>" (default: those of an H100)
+//   FAKE_CUDA_SM        the compute capability (default 90)
+//   FAKE_CUDA_FAIL_SET  n: the n-th cuGraphExecKernelNodeSetParams fails, with 719
 #include <cuda.h>
 
 #include <cstdlib>
@@ -123,8 +125,7 @@ CUresult fake_cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type,
 }
 CUresult fake_cuStreamIsCapturing(CUstream, CUstreamCaptureStatus* status) {
   if (current_device() < 0) return CUDA_ERROR_INVALID_CONTEXT;
-  const char* given = getenv("FAKE_CUDA_CAPTURING");
-  *status = given && atoi(given) ? CU_STREAM_CAPTURE_STATUS_ACTIVE : CU_STREAM_CAPTURE_STATUS_NONE;
+  *status = number("FAKE_CUDA_CAPTURING", 0) ? CU_STREAM_CAPTURE_STATUS_ACTIVE : CU_STREAM_CAPTURE_STATUS_NONE;
   return CUDA_SUCCESS;
 }
 CUresult fake_cuStreamGetPriority(CUstream stream, int* priority) {

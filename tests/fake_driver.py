@@ -81,6 +81,23 @@ class DecodeParams(ctypes.Structure):
     ]
 
 
+class CombineParams(ctypes.Structure):
+    """What the combine kernel gets of them."""
+
+    _anonymous_ = ("lengths",)
+    _fields_ = [
+        ("lengths", Lengths),
+        ("out", ctypes.c_uint64),
+        *_strides("out", "batch", "token", "head"),
+        ("lse", ctypes.c_uint64),
+        *_strides("lse", "batch", "token", "head"),
+        ("by_h_q", FastDivisor),
+        ("plan", ctypes.c_uint64),
+        ("o_partial", ctypes.c_uint64),
+        ("lse2_partial", ctypes.c_uint64),
+    ]
+
+
 MERGED = ("o_a", "o_b", "out", "lse_a", "lse_b", "lse")
 
 
@@ -101,7 +118,9 @@ FILLED_BY_LAUNCH = ("by_page_size", "by_h_q", "box_rows", "_before_maps", "laten
 ATTRIBUTES = LENGTHS + [
     name for name, _ in DecodeParams._fields_[1:] if name not in FILLED_BY_LAUNCH
 ]
+COMBINED = LENGTHS + [name for name, _ in CombineParams._fields_[1:] if name != "by_h_q"]
 WORKERS = 7
+SET = "cuGraphExecKernelNodeSetParams"
 
 
 def filled_params() -> _mla.DecodeParams:
@@ -115,6 +134,12 @@ def filled_params() -> _mla.DecodeParams:
 
 def values_of(struct: ctypes.Structure, names: list[str]) -> dict[str, Any]:
     return {name: getattr(struct, name) for name in names}
+
+
+def params_of(launch: dict[str, Any]) -> DecodeParams | CombineParams:
+    """The first parameter of a decode kernel or of its combine."""
+    kind = CombineParams if "combine" in launch["kernel"] else DecodeParams
+    return kind.from_buffer_copy(bytes.fromhex(launch["parameters"][0]))
 
 
 @dataclass

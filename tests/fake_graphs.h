@@ -93,8 +93,10 @@ CUresult fake_cuGraphAddKernelNode(CUgraphNode* node, CUgraph graph, const CUgra
 }
 CUresult fake_cuGraphExecKernelNodeSetParams(CUgraphExec executable, CUgraphNode node,
                                              const CUDA_KERNEL_NODE_PARAMS* params) {
+  static int calls = 0;
   log(R"({"call": "cuGraphExecKernelNodeSetParams", "graph": %d, "kernel": "%s"})", executable_of(executable)->number,
       reinterpret_cast<FakeKernel*>(params->kern)->name.c_str());
+  if (++calls == number("FAKE_CUDA_FAIL_SET", 0)) return CUDA_ERROR_LAUNCH_FAILED;
   return read_node(*params, executable_of(executable)->launches.at(node_of(node))) ? CUDA_SUCCESS
                                                                                    : CUDA_ERROR_INVALID_VALUE;
 }

@@ -58,15 +58,12 @@ int smem(int which) {
   return values[which];
 }
 
-int version() {
-  const char* given = getenv("FAKE_CUDA_VERSION");
-  return given ? atoi(given) : 12030;
+int number(const char* variable, int otherwise) {
+  const char* given = getenv(variable);
+  return given ? atoi(given) : otherwise;
 }
-
-int compute_capability() {
-  const char* given = getenv("FAKE_CUDA_SM");
-  return given ? atoi(given) : 90;
-}
+int version() { return number("FAKE_CUDA_VERSION", 12030); }
+int compute_capability() { return number("FAKE_CUDA_SM", 90); }
 
 // The sizes of a kernel's parameters, which the real driver reads from its machine code.
 std::vector<size_t> parameter_sizes(const std::string& kernel) {
@@ -75,7 +72,7 @@ std::vector<size_t> parameter_sizes(const std::string& kernel) {
     return {sizeof(Lengths), sizeof(schedule::Shape), sizeof(int32_t), sizeof(PlanHeader*), sizeof(parts::Limits)};
   if (kernel.rfind("mla_plan", 0) == 0)
     return {sizeof(Lengths), sizeof(schedule::Shape), sizeof(int32_t), sizeof(PlanHeader*)};
-  if (kernel.rfind("mla_combine", 0) == 0) return {sizeof(DecodeParams), sizeof(schedule::Shape)};
+  if (kernel.rfind("mla_combine", 0) == 0) return {sizeof(CombineParams), sizeof(schedule::Shape)};
   if (kernel.rfind("mla_append", 0) == 0) return {sizeof(AppendParams)};
   if (kernel.rfind("mla_merge", 0) == 0) return {sizeof(MergeParams)};
   if (kernel == "mla_stream") return {sizeof(void*), sizeof(int64_t), sizeof(void*)};

@@ -329,6 +329,13 @@ def test_what_the_driver_is_asked(run: Any, dtype: str, entry: str) -> None:
     assert [got.by_page_size.divide(n) for n in range(300)] == [n // 17 for n in range(300)]
 
 
+@pytest.mark.parametrize("capturing", [False, True])
+def test_it_is_a_graph_unless_captured(run: Any, capturing: bool) -> None:
+    knobs = {"FAKE_CUDA_CAPTURING": str(int(capturing))}
+    (launch,) = run(CALL.format(change=""), **knobs).named("launch")
+    assert (launch["graph"] > 0) != capturing
+
+
 def test_a_uniform_launch(run: Any) -> None:
     change = "addresses[6] = 0; sizes[:3] = [12, 4, 3]; interleaved = True"
     (launch,) = run(CALL.format(change=change)).named("launch")

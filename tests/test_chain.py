@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from fake_driver import FILL, DecodeParams
+from fake_driver import FILL, SET, params_of
 from mla import _mla
 
 NAME = next(v["name"] for v in _mla.variants() if v["pipeline"] == "sm90_3wg")
@@ -41,17 +41,15 @@ for _ in range(2):
 
 
 def test_each_launch_has_the_parameters_of_its_call(run: Any) -> None:
-    """What did not change is not set again: here the planner's do not."""
+    """What did not change is not set again: here the planner's and the combine's do not."""
     scales = [1.0, 2.0, 2.0, 3.0]
     done = run(f"{CALL}\nfor scale in {scales}: call(5, scale)")
     launches = done.named("launch")
     for scale, start in zip(scales, range(0, len(launches), 3), strict=True):
-        for launch in launches[start + 1 : start + 3]:
-            params = DecodeParams.from_buffer_copy(bytes.fromhex(launch["parameters"][0]))
-            assert params.scale_log2 == scale
+        assert params_of(launches[start + 1]).scale_log2 == scale
     changes = sum(a != b for a, b in pairwise(scales))
-    kernels = [c["kernel"] for c in done.named("cuGraphExecKernelNodeSetParams")]
-    assert [kernel.split("_")[1] for kernel in kernels] == ["sm90", "combine"] * changes
+    kernels = [c["kernel"] for c in done.named(SET)]
+    assert [kernel.split("_")[1] for kernel in kernels] == ["sm90"] * changes
 
 
 def test_grids_change_with_sizes(run: Any) -> None:
@@ -86,7 +84,7 @@ def test_launches_one_by_one(run: Any, knobs: dict[str, str]) -> None:
     launches = done.named("launch")
     assert graphs_of(launches) == [0] * 6
     assert [launch["beside"] for launch in launches] == 2 * [False, True, True]
-    assert not done.named("cuGraphExecKernelNodeSetParams")
+    assert not done.named(SET)
 
 
 def test_graphs_are_bounded(run: Any) -> None:
@@ -97,7 +95,25 @@ def test_graphs_are_bounded(run: Any) -> None:
     assert graphs_of(launches) == 2 * once
 
 
-@pytest.mark.parametrize("failing", ["cuGraphExecKernelNodeSetParams", "cuGraphLaunch"])
+@pytest.mark.parametrize("failing", [1, 2, 3])
+def test_parameters_that_were_not_set_are_set_by_the_next_call(run: Any, failing: int) -> None:
+    """Of a node behind one that was, or of the one itself."""
+    script = f"""{CALL}
+for address in (4096, 8192, 8192, 4096):
+    p.plan = address  # which all three read
+    try: call(5)
+    except _mla.CudaError as error: print(address, error.api, error.code)
+"""
+    done = run(script, FAKE_CUDA_FAIL_SET=str(failing))
+    assert done.printed == f"8192 {SET} 719\n"
+    launches = done.named("launch")
+    plans = [int.from_bytes(bytes.fromhex(c["parameters"][3]), "little") for c in launches[::3]]
+    assert plans == [4096, 8192, 4096]
+    assert [params_of(c).plan for c in launches[1::3]] == plans
+    assert [params_of(c).plan for c in launches[2::3]] == plans
+
+
+@pytest.mark.parametrize("failing", [SET, "cuGraphLaunch"])
 def test_a_failed_graph_says_what_failed(run: Any, failing: str) -> None:
     script = f"""{CALL}
 for scale in (1.0, 2.0):

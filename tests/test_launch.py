@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from fake_driver import (
     ATTRIBUTES,
+    COMBINED,
     FILL,
     LENGTHS,
     WORKERS,
     DecodeParams,
     Lengths,
     filled_params,
+    params_of,
     values_of,
 )
 from mla import _mla
@@ -57,9 +59,8 @@ def test_decode_is_the_kernel_and_its_combine(
     assert {(call["stream"], call["device"]) for call in (decode, combine)} == {(0xABC, 1)}
 
     wanted = values_of(filled_params(), ATTRIBUTES)  # type: ignore[arg-type]
-    for call in (decode, combine):
-        got = DecodeParams.from_buffer_copy(bytes.fromhex(call["parameters"][0]))
-        assert values_of(got, ATTRIBUTES) == wanted
+    assert values_of(params_of(decode), ATTRIBUTES) == wanted
+    assert values_of(params_of(combine), COMBINED) == {name: wanted[name] for name in COMBINED}
     shape = (ctypes.c_int32 * 3).from_buffer_copy(bytes.fromhex(combine["parameters"][1]))
     assert list(shape) == [variant["block_rows"], variant["block_n"], variant["merges_pairs"]]
     assert (decode["beside"], combine["beside"]) == (False, True)
@@ -124,11 +125,11 @@ except ValueError as error:
     assert done.printed == "page_size and h_q must be positive\n"
     launches = done.named("launch")
     assert len(launches) == 2 * len(divisors)
-    for call, divisor in zip(launches, (d for d in divisors for _ in range(2)), strict=True):
-        params = DecodeParams.from_buffer_copy(bytes.fromhex(call["parameters"][0]))
+    for decode, combine, divisor in zip(launches[::2], launches[1::2], divisors, strict=True):
         edges = {k * divisor + d for k in (0, 1, 2, (2**31 - 2) // divisor) for d in (-1, 0, 1)}
         numbers = {n for n in edges | {2**31 - 1} if 0 <= n < 2**31}
-        for by in (params.by_page_size, params.by_h_q):
+        params = params_of(decode)
+        for by in (params.by_page_size, params.by_h_q, params_of(combine).by_h_q):
             assert by.multiplier * (2**31 - 1) < 2**64, "the kernels multiply in 64 bits"
             assert [by.divide(n) for n in numbers] == [n // divisor for n in numbers]
 

@@ -299,6 +299,13 @@ _mla.launch_merge(dtype, addresses, strides, sizes, d, 1, 0xabc)
 """
 
 
+@pytest.mark.parametrize("capturing", [False, True])
+def test_it_is_a_graph_unless_captured(run: Any, capturing: bool) -> None:
+    knobs = {"FAKE_CUDA_CAPTURING": str(int(capturing))}
+    (launch,) = run(CALL.format(change=""), **knobs).named("launch")
+    assert (launch["graph"] > 0) != capturing
+
+
 @pytest.mark.parametrize(
     ("dtype", "entry"), [("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "fp32")]
 )

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import pytest
-from fake_driver import AS_H200, DecodeParams
+from fake_driver import AS_H200, COMBINED, SET, params_of, values_of
 
 CALLS = """
 def tensors():
@@ -25,10 +25,6 @@ calls = [tensors() for _ in range(3)]
 PRINT = """
 print(json.dumps([{name: tensor.data_ptr() for name, tensor in call.items()} for call in calls]))
 """
-
-
-def params_of(launch: dict[str, Any]) -> DecodeParams:
-    return DecodeParams.from_buffer_copy(bytes.fromhex(launch["parameters"][0]))
 
 
 def test_launches_have_the_addresses_of_their_call(run: Any) -> None:
@@ -51,13 +47,55 @@ for i, call in enumerate([*calls, *calls]):
         if launch["kernel"].startswith("mla_plan"):
             continue
         p, call = params_of(launch), calls[i // 3 % 3]
-        for field, name in (("q_nope", "q"), ("latent", "kv_cache")):
-            assert getattr(p, field) == call[name]
-        for name in ("seq_lens", "block_table", "out", "lse"):
+        for name in ("seq_lens", "out", "lse"):
             assert getattr(p, name) == call[name]
+        if launch["kernel"].startswith("mla_combine"):
+            continue
+        for field, name in (
+            ("q_nope", "q"),
+            ("latent", "kv_cache"),
+            ("block_table", "block_table"),
+        ):
+            assert getattr(p, field) == call[name]
         assert p.scale_log2 == pytest.approx(i // 3 / math.log(2))
         assert p.latent_map.words[0] == maps[call["kv_cache"], 512]
         assert p.rope_map.words[0] == maps[call["kv_cache"] + 1024, 64]
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_only_the_decode_kernel_is_set_anew_for_another_layer(run: Any, planned: bool) -> None:
+    """With a cache, a query and a block table of its own, but not with outputs of its own."""
+    sizes = "s_q=2, h_q=8, d_qk=576, dtype=torch.bfloat16, page_size=16"
+    plan = f'mla.plan(calls[0]["seq_lens"], {sizes})' if planned else None
+    script = f"""{CALLS}
+plan = {plan}
+same = {{name: calls[0][name] for name in ("seq_lens", "out", "lse")}}
+for call in calls: mla.decode(**{{**call, **same}}, scale=1.0, plan=plan)
+mla.decode(**calls[2], scale=1.0, plan=plan)
+{PRINT}"""
+    done = run(script, prologue=AS_H200)
+    launches = done.named("launch")[planned:]
+    calls = json.loads(done.printed)
+    kernels = 2 if planned else 3
+    got = [params_of(launch) for launch in launches[kernels - 2 :: kernels]]
+    assert [p.latent for p in got] == [call["kv_cache"] for call in [*calls, calls[2]]]
+    set_anew = [call["kernel"].split("_")[1] for call in done.named(SET)]
+    of_others = ["sm90", "combine"] if planned else ["plan", "sm90", "combine"]
+    assert set_anew == ["sm90", "sm90", *of_others]
+
+
+@pytest.mark.parametrize("workspace", [False, True])
+def test_captured_calls_have_their_launches_one_by_one(run: Any, workspace: bool) -> None:
+    given = "torch.zeros(64 << 20, dtype=torch.uint8)" if workspace else "None"
+    script = f"""{CALLS}
+import os
+workspace = {given}
+for capturing in "0101":
+    os.environ["FAKE_CUDA_CAPTURING"] = capturing
+    mla.decode(**calls[0], scale=1.0, workspace=workspace)
+"""
+    launches = run(script, prologue=AS_H200).named("launch")
+    assert [launch["graph"] > 0 for launch in launches] == ([True] * 3 + [False] * 3) * 2
 
 
 def test_decode_starts_beside_its_planner_and_after_anything_else(run: Any) -> None:
@@ -122,7 +160,8 @@ for thread in threads: thread.join()
     assert len(launches) == 3 * 3 * 200
     for plan, decode, combine in zip(launches[::3], launches[1::3], launches[2::3], strict=True):
         assert (plan["kernel"][:8], decode["kernel"][:8]) == ("mla_plan", "mla_sm90")
-        assert decode["parameters"][0] == combine["parameters"][0]
+        wanted = values_of(params_of(decode), COMBINED)
+        assert values_of(params_of(combine), COMBINED) == wanted
 
 
 @pytest.mark.parametrize(

@@ -199,8 +199,8 @@ def test_registers_leave_room_for_a_block(image: str) -> None:
 
 @each_image
 def test_parameters_are_what_the_host_passes(image: str) -> None:
-    params, lengths, shape, pointer, limits = _mla.PARAMS_BYTES, 40, 12, 8, 12
-    planner, combine = [lengths, shape, 4, pointer], [params, shape]
+    params, combined, lengths, shape, pointer, limits = _mla.PARAMS_BYTES, 136, 40, 12, 8, 12
+    planner, combine = [lengths, shape, 4, pointer], [combined, shape]
     wanted = {"append": [216], "merge": [240], "stream": [pointer, 8, pointer]}
     for since in SINCE:
         wanted |= {f"plan_{since}": planner, f"plan_parts_{since}": [*planner, limits]}

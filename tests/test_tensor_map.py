@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from fake_driver import DecodeParams, Done
+from fake_driver import DecodeParams, Done, params_of
 from mla import _mla
 
 VARIANTS = [v for v in _mla.variants() if v["targets"] == "hopper"]
@@ -67,10 +67,8 @@ def encoded(done: Done) -> list[dict[str, Any]]:
 
 
 def launched(done: Done) -> list[DecodeParams]:
-    """The parameters of the decode kernels, which the combine kernels get as well."""
-    calls = [bytes.fromhex(call["parameters"][0]) for call in done.named("launch")]
-    assert calls[::2] == calls[1::2]
-    return [DecodeParams.from_buffer_copy(call) for call in calls[::2]]
+    """The parameters of the decode kernels. A combine kernel follows each."""
+    return [params_of(launch) for launch in done.named("launch")[::2]]
 
 
 def maps(p: DecodeParams) -> tuple[int, int]:
@@ -147,8 +145,8 @@ for thread in threads: thread.join()
     parts = 2 if row["d_qk"] > row["d_v"] else 1
     assert len(encoded(done)) == len(layers) * parts * 2
     by_address: dict[tuple[int, str], set[tuple[int, int]]] = {}
-    for call in done.named("launch"):
-        p = DecodeParams.from_buffer_copy(bytes.fromhex(call["parameters"][0]))
+    for call in done.named("launch")[::2]:
+        p = params_of(call)
         dtype = "bf16" if "_bf16" in call["kernel"] else "fp16"
         by_address.setdefault((p.latent, dtype), set()).add(maps(p))
     assert len(by_address) == 2 * len(layers)

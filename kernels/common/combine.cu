@@ -17,7 +17,7 @@ constexpr unsigned kChunkParts = 4;                  // that are asked for at on
 constexpr unsigned kStateParts = 2 * kCombineWarps;  // whose lse2 the lanes of a CTA ask for at once, each four times
 
 template <class T, int DV>
-__device__ __forceinline__ void combine(const DecodeParams& p, schedule::Shape shape) {
+__device__ __forceinline__ void combine(const CombineParams& p, schedule::Shape shape) {
   __shared__ float4 sums[kCombineWarps - 1][2][32];        // of the warps behind the first, where all share the parts
   __shared__ float2 states[kCombineWarps][kFragmentRows];  // max and sum of some of a row's parts
   constexpr unsigned column_blocks = DV / kFragmentColumns, log2_blocks = DV == 512 ? 5 : 4, log2_warps = 3;
@@ -181,10 +181,10 @@ __device__ __forceinline__ void combine(const DecodeParams& p, schedule::Shape s
 
 }  // namespace mla
 
-#define MLA_COMBINE(dtype, d_v)                                                                               \
-  extern "C" __global__ void __launch_bounds__(mla::kCombineThreads, mla::kCombineCtasPerWorker)              \
-      mla_combine_##dtype##_v##d_v(const __grid_constant__ mla::DecodeParams p, mla::schedule::Shape shape) { \
-    mla::combine<mla::dtype, d_v>(p, shape);                                                                  \
+#define MLA_COMBINE(dtype, d_v)                                                                                \
+  extern "C" __global__ void __launch_bounds__(mla::kCombineThreads, mla::kCombineCtasPerWorker)               \
+      mla_combine_##dtype##_v##d_v(const __grid_constant__ mla::CombineParams p, mla::schedule::Shape shape) { \
+    mla::combine<mla::dtype, d_v>(p, shape);                                                                   \
   }
 MLA_COMBINE(bf16, 512)
 MLA_COMBINE(fp16, 512)

@@ -14,19 +14,24 @@
 
 namespace mla {
 
+// Params: DecodeParams or CombineParams.
+//
 // The calling lane's share of a fragment; the next fragment is 32 further. 32 bits count 64 GB of them.
-__device__ __forceinline__ uint4* partial_fragment(const DecodeParams& p, uint32_t block_rows, uint32_t d_v,
-                                                   uint32_t slot, uint32_t row_tile, uint32_t fragment) {
+template <class Params>
+__device__ __forceinline__ uint4* partial_fragment(const Params& p, uint32_t block_rows, uint32_t d_v, uint32_t slot,
+                                                   uint32_t row_tile, uint32_t fragment) {
   const uint32_t number = (slot * (block_rows / kFragmentRows) + row_tile) * (d_v / kFragmentColumns) + fragment;
   return static_cast<uint4*>(p.o_partial) + (number * 32 + threadIdx.x % 32);
 }
 // Of a row: its own, or what run `run` of its columns counts as.
-__device__ __forceinline__ float* partial_lse2(const DecodeParams& p, uint32_t block_rows, uint32_t slot,
+template <class Params>
+__device__ __forceinline__ float* partial_lse2(const Params& p, uint32_t block_rows, uint32_t slot,
                                                uint32_t block_row) {
   return p.lse2_partial + ((1 + kColumnRuns) * slot * block_rows + block_row);
 }
-__device__ __forceinline__ float* run_lse2(const DecodeParams& p, uint32_t block_rows, uint32_t slot,
-                                           uint32_t block_row, uint32_t run) {
+template <class Params>
+__device__ __forceinline__ float* run_lse2(const Params& p, uint32_t block_rows, uint32_t slot, uint32_t block_row,
+                                           uint32_t run) {
   return partial_lse2(p, block_rows, slot, block_row + (1 + run) * block_rows);
 }
 
@@ -65,7 +70,8 @@ __device__ __forceinline__ uint2 four_columns(const uint32_t (&words)[4], int ha
   const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? left : right, 1);
   return odd ? make_uint2(got, right) : make_uint2(left, got);
 }
-__device__ __forceinline__ uint2* output_row(const DecodeParams& p, int request, int first_token, int row, int column) {
+template <class Params>
+__device__ __forceinline__ uint2* output_row(const Params& p, int request, int first_token, int row, int column) {
   const int token = divide(row, p.by_h_q), head = row - token * p.lengths.h_q;
   return reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.out) + request * p.out_strides.batch +
                                   (first_token + token) * p.out_strides.token + head * p.out_strides.head + column) +

@@ -41,6 +41,32 @@ def test_many_in_flight(row: Variant, planned: bool, device: torch.device) -> No
             assert torch.equal(out, want)
 
 
+@pytest.mark.parametrize("planned", [False, True], ids=["", "plan"])
+@one_of_each
+def test_layers_in_turns(row: Variant, planned: bool, device: torch.device) -> None:
+    """Steps of a model, all queued before the first begins: each call sets what differs."""
+    layers = [
+        make_problem(Case((3000, 40), d_qk=row.d_qk), device, seed=seed) for seed in range(61)
+    ]
+    plan = plan_for(layers[0], variant=row.name) if planned else None
+    outs = [run(p, variant=row.name)[0] for p in layers]
+
+    def step() -> list[Tensor]:
+        for p, out in zip(layers, outs, strict=True):
+            out.fill_(float("nan"))
+            mla.decode(**p.kwargs(), variant=row.name, plan=plan, out=out)
+        return [out.clone() for out in outs]
+
+    wanted = step()
+    torch.cuda.synchronize()
+    torch.cuda._sleep(CYCLES)
+    steps = [step() for _ in range(4)]
+    for i, (p, want) in enumerate(zip(layers, wanted, strict=True)):
+        check((want, None), reference(p))
+        for got in steps:
+            assert torch.equal(got[i], want)
+
+
 @one_of_each
 def test_a_first_call_while_another_thread_captures(row: Variant, device: torch.device) -> None:
     """On a stream of its own, for which there is no graph yet."""
