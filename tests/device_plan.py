@@ -24,7 +24,7 @@ SHAPES: dict[Shape, str] = {  # and a variant that has it
 }
 MAX_GROUP_SIZE = 8  # of schedule.h
 MERGES_FIRST, LEAVES_LAST = 1, 2  # of params.h
-PART_TOKENS, MAX_PARTS = 1024, 64  # of parts.h
+PART_TOKENS, MAX_PARTS, PARTS_OF_SHORT, GRANULARITY = 1024, 64, 8, 256  # of parts.h
 
 
 @dataclass(frozen=True)
@@ -334,12 +334,27 @@ def max_items(batch: Batch, shape: Shape) -> int:
 def max_partials(batch: Batch, shape: Shape) -> int:
     """Of a batch-invariant plan: what python/mla/workspace.py documents."""
     b, row_blocks, max_len = len(batch.seq_lens), max_items(batch, shape), batch.max_len
-    if max_len <= PART_TOKENS * (
-        row_blocks // b if isinstance(batch.q_lens, int) and row_blocks else 1
-    ):
+    uniform = isinstance(batch.q_lens, int)
+    of_each = row_blocks // b if uniform and row_blocks else 1
+    if max_len <= part_tokens(max_len, of_each):
         return 0
     parts = min(-(-max_len // PART_TOKENS), math.ceil(math.sqrt(max_len) / 8), MAX_PARTS)
+    if of_each > 1 or not uniform:
+        parts = max(parts, min(-(-max_len // (PART_TOKENS // 2)), PARTS_OF_SHORT))
     return b * parts + row_blocks
+
+
+def part_tokens(length: int, row_blocks: int) -> int:
+    """Of a long part of a request."""
+    tokens = PART_TOKENS
+    while tokens**2 < 64 * length:
+        tokens += tokens // 4 // GRANULARITY * GRANULARITY
+    if tokens < -(-length // MAX_PARTS):
+        tokens = -(-length // (MAX_PARTS * GRANULARITY)) * GRANULARITY
+    if tokens > PART_TOKENS:
+        return tokens * row_blocks
+    share = -(-length * row_blocks // (PARTS_OF_SHORT * GRANULARITY)) * GRANULARITY
+    return min(max(share, PART_TOKENS // 2 * (row_blocks + 1)), PART_TOKENS * row_blocks)
 
 
 def part_sizes(
@@ -350,7 +365,6 @@ def part_sizes(
     fixed = [12, 16 * workers]
     if batch_invariant:
         pieces = max(max_partials(batch, shape), items)
-        # Two int64 and three int32 for each request, one and two for each worker.
-        return [*fixed, 8 * pieces, 8 * items, 7 * (b + 1) + 4 * (workers + 1)]
+        return [*fixed, 8 * pieces, 8 * items, 4 * b]  # four int32 for each request
     planners_own = 3 * (b + 1)  # an int64 and an int32 for each request
     return [*fixed, 8 * (items + workers), 8 * workers, planners_own]
