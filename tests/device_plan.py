@@ -24,7 +24,7 @@ SHAPES: dict[Shape, str] = {  # and a variant that has it
 }
 MAX_GROUP_SIZE = 8  # of schedule.h
 MERGES_FIRST, LEAVES_LAST = 1, 2  # of params.h
-PART_TOKENS, MAX_PARTS, PARTS_OF_SHORT, GRANULARITY = 1024, 64, 8, 256  # of parts.h
+PART_TOKENS, PARTS_OF_SHORT, MAX_PARTS = 1024, 8, 64  # of parts.h
 
 
 @dataclass(frozen=True)
@@ -336,25 +336,13 @@ def max_partials(batch: Batch, shape: Shape) -> int:
     b, row_blocks, max_len = len(batch.seq_lens), max_items(batch, shape), batch.max_len
     uniform = isinstance(batch.q_lens, int)
     of_each = row_blocks // b if uniform and row_blocks else 1
-    if max_len <= part_tokens(max_len, of_each):
+    half = PART_TOKENS // 2
+    if max_len <= (half * (of_each + 1) if of_each < PARTS_OF_SHORT else PART_TOKENS * of_each):
         return 0
     parts = min(-(-max_len // PART_TOKENS), math.ceil(math.sqrt(max_len) / 8), MAX_PARTS)
     if of_each > 1 or not uniform:
-        parts = max(parts, min(-(-max_len // (PART_TOKENS // 2)), PARTS_OF_SHORT))
+        parts = max(parts, min(-(-max_len // half), PARTS_OF_SHORT))
     return b * parts + row_blocks
-
-
-def part_tokens(length: int, row_blocks: int) -> int:
-    """Of a long part of a request."""
-    tokens = PART_TOKENS
-    while tokens**2 < 64 * length:
-        tokens += tokens // 4 // GRANULARITY * GRANULARITY
-    if tokens < -(-length // MAX_PARTS):
-        tokens = -(-length // (MAX_PARTS * GRANULARITY)) * GRANULARITY
-    if tokens > PART_TOKENS:
-        return tokens * row_blocks
-    share = -(-length * row_blocks // (PARTS_OF_SHORT * GRANULARITY)) * GRANULARITY
-    return min(max(share, PART_TOKENS // 2 * (row_blocks + 1)), PART_TOKENS * row_blocks)
 
 
 def part_sizes(

@@ -83,7 +83,7 @@ inline int64_t max_partials(const Lengths& lengths, Shape shape) {
   const int64_t row_blocks = schedule::max_items(lengths, shape);
   const bool ragged = lengths.cu_seqlens_q != nullptr;
   const int32_t of_each = ragged || row_blocks == 0 ? 1 : schedule::row_blocks_of(lengths, shape, lengths.s_q);
-  if (len <= part_tokens(len, of_each)) return 0;
+  if (len <= (of_each < kPartsOfShort ? kPartTokens / 2 * (of_each + 1) : int64_t{kPartTokens} * of_each)) return 0;
   int64_t parts = clamp<int64_t>(blocks_of(len, kPartTokens), 1, kMaxParts);
   while (kPartTokensSquaredPerToken * (parts - 1) * (parts - 1) >= len) --parts;
   const int64_t of_several = clamp(blocks_of(len, kPartTokens / 2), 0, kPartsOfShort);  // row blocks
