@@ -78,7 +78,7 @@ void add_plan(const Variant& variant, const DecodeParams& params, int device, Pl
   };
   if (params.batch_invariant) {
     arguments.limits = parts::limits_of(lengths, shape);
-    add(plan_parts_kernel(parts::is_small(lengths, shape, params.num_workers), device), arguments.limits);
+    add(plan_parts_kernel(parts::is_small(lengths, shape), device), arguments.limits);
   } else {
     add(plan_kernel(schedule::is_small(lengths, shape), lengths.cu_seqlens_q != nullptr, device));
   }

@@ -24,7 +24,7 @@ SHAPES: dict[Shape, str] = {  # and a variant that has it
 }
 MAX_GROUP_SIZE = 8  # of schedule.h
 MERGES_FIRST, LEAVES_LAST = 1, 2  # of params.h
-PART_TOKENS, MAX_PARTS = 1024, 64  # of parts.h
+PART_TOKENS, PARTS_OF_SHORT, MAX_PARTS = 1024, 8, 64  # of parts.h
 
 
 @dataclass(frozen=True)
@@ -334,11 +334,14 @@ def max_items(batch: Batch, shape: Shape) -> int:
 def max_partials(batch: Batch, shape: Shape) -> int:
     """Of a batch-invariant plan: what python/mla/workspace.py documents."""
     b, row_blocks, max_len = len(batch.seq_lens), max_items(batch, shape), batch.max_len
-    if max_len <= PART_TOKENS * (
-        row_blocks // b if isinstance(batch.q_lens, int) and row_blocks else 1
-    ):
+    uniform = isinstance(batch.q_lens, int)
+    of_each = row_blocks // b if uniform and row_blocks else 1
+    half = PART_TOKENS // 2
+    if max_len <= (half * (of_each + 1) if of_each < PARTS_OF_SHORT else PART_TOKENS * of_each):
         return 0
     parts = min(-(-max_len // PART_TOKENS), math.ceil(math.sqrt(max_len) / 8), MAX_PARTS)
+    if of_each > 1 or not uniform:
+        parts = max(parts, min(-(-max_len // half), PARTS_OF_SHORT))
     return b * parts + row_blocks
 
 
@@ -350,7 +353,6 @@ def part_sizes(
     fixed = [12, 16 * workers]
     if batch_invariant:
         pieces = max(max_partials(batch, shape), items)
-        # Two int64 and three int32 for each request, one and two for each worker.
-        return [*fixed, 8 * pieces, 8 * items, 7 * (b + 1) + 4 * (workers + 1)]
+        return [*fixed, 8 * pieces, 8 * items, 4 * b]  # four int32 for each request
     planners_own = 3 * (b + 1)  # an int64 and an int32 for each request
     return [*fixed, 8 * (items + workers), 8 * workers, planners_own]

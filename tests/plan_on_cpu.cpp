@@ -98,7 +98,7 @@ int main() {
           const mla::schedule::Shape shape{sizes.block_rows, sizes.block_n, sizes.merges_pairs};
           const int32_t workers = sizes.num_workers;
           if (sizes.batch_invariant) {
-            const bool small = !sizes.large && mla::parts::is_small(lengths, shape, workers);
+            const bool small = !sizes.large && mla::parts::is_small(lengths, shape);
             const auto make = small ? mla_plan_parts_small : mla_plan_parts_large;
             make(lengths, shape, workers, plan, mla::parts::limits_of(lengths, shape));
           } else {

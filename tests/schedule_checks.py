@@ -22,7 +22,7 @@ from mla import _mla
 
 ITEM_OVERHEAD_TOKENS, MIN_GROUP_TOKENS = _mla.ITEM_OVERHEAD_TOKENS, _mla.MIN_GROUP_TOKENS
 ALIGNMENT_SHARE = 64  # of schedule.h
-PART_OVERHEAD_TOKENS = 128  # of parts.h
+PART_OVERHEAD_TOKENS, SIZE_CLASSES = 128, 8  # of parts.h
 
 
 class Piece(NamedTuple):
@@ -196,19 +196,26 @@ class Schedule:
             assert all(first % (2 * self.block_n) == 0 for first, _ in ranges)
 
     def check_level(self) -> None:
-        """No group has more than an even share and the largest part of the batch."""
+        """No group has more than an even share and the largest part of the batch, but for what the
+        parts of a class, and those at the end of a request, differ by.
+        """
         overhead = self.tiles(PART_OVERHEAD_TOKENS)
-        load: dict[int, int] = defaultdict(int)
-        largest = 0
+        parts: dict[int, list[int]] = defaultdict(list)
         for piece in self.pieces:
             if piece.row_block % self.group_size == 0:
                 tokens = piece.last_token - piece.first_token
-                units = overhead + 2 * max(1, -(-tokens // (2 * self.block_n)))
-                load[self.group(piece)] += units
-                largest = max(largest, units)
+                parts[self.group(piece)].append(2 * max(1, -(-tokens // (2 * self.block_n))))
         groups = self.num_workers // self.group_size
         assert self.num_groups == groups
-        assert max(load.values(), default=0) <= -(-sum(load.values()) // groups) + largest
+        largest = max(map(max, parts.values()), default=0)
+        load = {g: sum(found) + overhead * len(found) for g, found in parts.items()}
+        even = -(-sum(load.values()) // groups)
+        for g, found in parts.items():
+            unequal = sum(tiles < largest for tiles in found)
+            off = unequal * (largest / (SIZE_CLASSES - 1) + 2)
+            assert load[g] <= even + largest + overhead + off
+        counts = [len(parts[g]) for g in range(groups)]
+        assert max(counts) - min(counts) <= 1
 
     def check_splits(self) -> None:
         """What combine reads is what workers leave, in order, each piece in a slot of its own."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -152,6 +154,33 @@ class TestBatchInvariant:
     @pytest.mark.parametrize(("length", "parts"), [(1024, 1), (1025, 2), (4096, 4), (131072, 43)])
     def test_parts_of_one_row_block(self, length: int, parts: int) -> None:
         assert len(check([length], batch_invariant=True).pieces) == parts
+
+    @pytest.mark.parametrize(
+        ("length", "row_blocks", "longest"),
+        [(1536, 2, 1536), (4096, 2, 1536), (8192, 2, 2048), (16384, 2, 2048), (8192, 4, 4096)],
+    )
+    def test_parts_of_several_row_blocks(self, length: int, row_blocks: int, longest: int) -> None:
+        pieces = check([length], h_q=16 * row_blocks, batch_invariant=True).pieces
+        assert max(piece.last_token - piece.first_token for piece in pieces) == longest
+
+    def test_equal_parts_of_an_item_stay_together(self) -> None:
+        """A worker that has several computes them one after the other: Q stays."""
+        schedule = check([4096] * 128, block_rows=64, block_n=64, batch_invariant=True)
+        found: dict[int, list[int]] = {}
+        for piece in schedule.pieces:
+            found.setdefault(piece.worker, []).append(piece.request)
+        changes = sum(a != b for of in found.values() for a, b in pairwise(of))
+        assert changes <= 8
+
+    def test_unequal_requests_are_level(self) -> None:
+        """Where lengths differ, no worker has much more than an even share of the tokens."""
+        rng = random.Random(0)
+        lens = [rng.randrange(512, 8192) for _ in range(128)]
+        schedule = check(lens, block_rows=64, block_n=64, batch_invariant=True)
+        load = [0] * 132
+        for piece in schedule.pieces:
+            load[piece.worker] += piece.last_token - piece.first_token
+        assert max(load) * 132 / sum(lens) <= 1.05
 
     def test_a_long_request_has_many_parts_and_never_more_than_a_bound(self) -> None:
         for row_blocks in (1, 2, 4):

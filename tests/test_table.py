@@ -93,7 +93,7 @@ def test_workspace_formula(variant: Variant) -> None:
 @each
 @pytest.mark.parametrize(
     ("max_len", "parts"),
-    [(1025, 2), (4096, 4), (16384, 16), (65537, 33), (131072, 46), (10**6, 64)],
+    [(1025, 2), (4096, 4), (8192, 8), (16384, 16), (65537, 33), (131072, 46), (10**6, 64)],
 )
 def test_batch_invariant_workspace_formula(variant: Variant, max_len: int, parts: int) -> None:
     """What python/mla/workspace.py documents, uniform and ragged."""
@@ -102,14 +102,16 @@ def test_batch_invariant_workspace_formula(variant: Variant, max_len: int, parts
         row_blocks = 7 * -(-SIZES.h_q // variant.block_rows)
         if ragged:
             row_blocks = -(-7 * SIZES.h_q // variant.block_rows) + 7
-        slots = 7 * parts + row_blocks
-        if max_len <= 1024 * (1 if ragged else row_blocks // 7):
+        of_each = 1 if ragged else row_blocks // 7
+        several = ragged or of_each > 1
+        slots = 7 * max(parts, min(8, -(-max_len // 512)) if several else 0) + row_blocks
+        if max_len <= (512 * (of_each + 1) if of_each < 8 else 1024 * of_each):
             slots = 0
         needed = workspace.bytes_needed(variant, sizes, 132, max_len)
         assert needed == slots * variant.block_rows * (2 * variant.d_v + 36)
         pieces = max(slots, row_blocks)
         params = launch.sizes(sizes, num_workers=132, max_len=max_len)
-        schedule = 48 + 64 * 132 + 32 * pieces + 32 * row_blocks + 28 * 8 + 16 * 133
+        schedule = 48 + 64 * 132 + 32 * pieces + 32 * row_blocks + 16 * 7
         assert _mla.plan_bytes(variant.name, params) == schedule
 
 

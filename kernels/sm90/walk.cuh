@@ -60,15 +60,20 @@ class PieceWalk {
 };
 
 // By kQWarps warps of the producer: Q of each piece to `q_at` once `q_free` says that nobody reads the one before any more, and what
-// the piece is to `block_at`, one place for each parity. A description without rows says that there is no more.
+// the piece is to `block_at`, one place for each parity. A description without rows says that there is no more. Parts of an item
+// (common/parts.h) that follow each other have the same Q, which stays.
 template <class C>
 __device__ __forceinline__ void copy_q_of_pieces(const DecodeParams& p, PieceWalk<C>& walk, uint32_t q_at,
                                                  uint32_t block_at, uint32_t q_full, uint32_t q_free) {
   const int thread = threadIdx.x % (32 * kQWarps);
+  int request = -1, first_row = 0;      // whose Q is there
   for (int parity = 0;; parity ^= 1) {  // of the piece
     mbarrier_wait(q_free, parity ^ 1);
     const RowBlock block = walk.description();
-    if (walk.more()) copy_q<C>(p, block, q_at, thread, 32 * kQWarps);
+    if (walk.more() && (block.request != request || block.first_row != first_row)) {
+      copy_q<C>(p, block, q_at, thread, 32 * kQWarps);
+      request = block.request, first_row = block.first_row;
+    }
     if (thread == 0) store_shared_struct(block_at + parity * static_cast<uint32_t>(sizeof(RowBlock)), block);
     cp_async_commit();
     cp_async_wait<0>();

@@ -9,10 +9,12 @@ num_workers is the number of SMs; row_blocks is b * ceil(s_q * h_q / block_rows)
 ceil(total_q * h_q / block_rows) + b. With `batch_invariant`
 
     schedule  48 + 64 * num_workers + 32 * max(slots, row_blocks) + 32 * row_blocks
-              + 28 * (b + 1) + 16 * (num_workers + 1) bytes, rounded up to 256; none with a plan
+              + 16 * b bytes, rounded up to 256; none with a plan
     slots     b * parts + row_blocks, parts the least of max_len / 1024, sqrt(max_len) / 8, each
-              rounded up, and 64; none if no request can be longer than
-              1024 tokens for each of its row blocks (1024 if the query is ragged)
+              rounded up, and 64, or, if that is more and requests may have several row blocks (the
+              query is ragged, too), the least of max_len / 512, rounded up, and 8; none if no
+              request can be longer than 1024 tokens, or in n row blocks each than 512 * (n + 1),
+              1024 * n from 8 of them on
 
 where max_len is what a row of the block table reaches, or what the plan was made for. One buffer is
 kept for each device and stream, as calls on a stream follow each other; a captured graph gets
