@@ -63,6 +63,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
 
     auto load_boxes_of_pieces = [&] {
       RingPlace<C> place;
+      const L2Policy policy = l2_policy(walk.reads_once());
       int landed_parity = 0;
       while (walk.more()) {
         const int len = warp_uniform(walk.block.len);
@@ -79,7 +80,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
               mbarrier_wait(at.free(of.slot), of.parity ^ 1);  // pairs with release(), a round before
               if (elect_lane()) {
                 mbarrier_arrive_expect(at.full(of.slot), kChunkBytes);
-                load_chunk<C>(p, tile_at(of, chunk), chunk, boxes, kTileTokens, at.full(of.slot));
+                load_chunk<C>(p, tile_at(of, chunk), chunk, boxes, kTileTokens, at.full(of.slot), policy);
               }
             }
           } else if (warp == 0) {
@@ -93,7 +94,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
                 mbarrier_arrive_expect(at.landed(), L::k_chunks * box_bytes(p, tokens));
 #pragma unroll 1
                 for (int chunk = 0; chunk < L::k_chunks; ++chunk, of.advance(1))
-                  load_chunk<C>(p, tile_at(of, chunk), chunk, boxes, tokens, at.landed());
+                  load_chunk<C>(p, tile_at(of, chunk), chunk, boxes, tokens, at.landed(), policy);
               }
               mbarrier_wait(at.landed(), landed_parity);
               landed_parity ^= 1;
