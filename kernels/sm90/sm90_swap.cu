@@ -28,10 +28,11 @@ constexpr int kCopiesAhead = 6;  // chunks by cp.async that are in flight
 enum Barrier : int {
   kMaxReady = 1,  // + warpgroup: maxima of its tile are there; nobody reads the P, or the tile, before. Its own threads
   kPReady = 3,    // + warpgroup: its P is there. Its own threads
-  kResult =
-      5,  // what they exchange is there, or was read; another group's partial result is there; all of one is stored. Both
-  kBegun = 6,   // the mbarriers are there. The producer waits, the others arrive
-  kInputs = 7,  // so is what the kernel before wrote. The producer arrives, the others wait
+  // What they exchange, P included, is there or was read; another group's partial result is there; all of one is stored. Both
+  kResult = 5,
+  kBegun = 6,    // the mbarriers are there. The producer waits, the others arrive
+  kInputs = 7,   // so is what the kernel before wrote. The producer arrives, the others wait
+  kLoaders = 8,  // both warps that load by boxes have come to this piece. These
 };
 
 template <class C, int SmemBytes>
@@ -66,6 +67,9 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
       const L2Policy policy = l2_policy(walk.reads_once());
       int landed_parity = 0;
       while (walk.more()) {
+        // With itself: the second one, which has nothing to do in a longer piece, must be no round of the ring ahead or behind, as
+        // `free` is waited for by parity.
+        named_barrier_sync(kLoaders, kCopyWarps * 32);
         const int len = warp_uniform(walk.block.len);
         const int first_tile = warp_uniform(walk.block.first_tile), num_tiles = warp_uniform(walk.block.num_tiles);
         const int loaders = num_tiles == 1 ? kCopyWarps : 1;

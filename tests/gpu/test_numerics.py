@@ -86,6 +86,17 @@ def test_many_query_tokens(
     assert launches == [row.name]
 
 
+@pytest.mark.parametrize(
+    "row", [row for row in GPU_ROWS if row.d_qk == 576], ids=lambda row: row.name
+)
+def test_single_tiles_beside_long_pieces(row: Variant, device: torch.device) -> None:
+    """Ranges of 21 units over items of 22: some workers have one tile of an item and many of the
+    next, which are several rounds of any ring of stages."""
+    workers = torch.cuda.get_device_properties(device).multi_processor_count
+    inputs = make_problem(Case((1280,) * (21 * workers // 22), h_q=16), device)
+    check(run(inputs, variant=row.name), reference(inputs))
+
+
 @runs([Case((300, 200, 0, 1500), q_lens=2, d_qk=d_qk, label="nan") for d_qk in DIMS])
 def test_nan_stays_in_its_request(row: Variant, case: Case, device: torch.device) -> None:
     inputs = make_problem(case, device)
