@@ -166,7 +166,9 @@ void store_transposed(const Part& part) {
   mla::sm90::RowBlock block{};
   block.partial_slot = part.slot;
   block.num_rows = part.num_rows;
-  mla::sm90::store_transposed<mla::bf16>(params, block, warp / 4 * chunks * 4 + warp % 4, o, scale, true, -1, none);
+  const auto to =
+      mla::sm90::result_places<Tile<DV, 16>>(params, block, part.slot, -1, warp / 4 * chunks * 4 + warp % 4);
+  mla::sm90::store_transposed<mla::bf16>(to, o, scale, none);
 }
 template <int DV>
 void store() {
