@@ -362,6 +362,18 @@ def test_sm90_producer_comes_to_the_first_barrier_together(variant: dict[str, An
 
 
 @each_variant("sm90_")
+def test_sm90_boxes_have_a_policy_of_l2_in_a_loop_of_their_own(variant: dict[str, Any]) -> None:
+    """Each load is there twice where a producer may read KV once, and never behind a choice."""
+    for (arch, name), text in code(variant["name"]).items():
+        boxes = re.findall(r"(@\S+ )?UTMALDG\.3D [^;]*", text)
+        with_policy = re.findall(r"UTMALDG\.3D [^;]*desc\[", text)
+        asked = 0 if variant["pipeline"] == "sm90_2wg" else len(boxes) // 2
+        assert len(with_policy) == asked, (arch, name)
+        assert len(boxes) >= 2, (arch, name)
+        assert not any(boxes), f"{arch} {name}: a load under a predicate"
+
+
+@each_variant("sm90_")
 def test_sm90_has_all_its_shared_memory_in_the_dynamic_part(variant: dict[str, Any]) -> None:
     """Which then begins at an address that the swizzle needs; the first KB is the system's."""
     found = re.findall(r"SHARED:(\d+)", cuobjdump(variant["name"], "-res-usage"))
