@@ -9,7 +9,7 @@ namespace mla::sm90 {
 constexpr int kWarpgroupThreads = 128, kWarpgroupWarps = 4, kConsumers = 2;
 constexpr int kCopyWarps = 2, kQWarps = 2;
 
-// Of a piece, see reads_once().
+// Of a worker's range, see reads_once().
 constexpr int kManyTokens = 1024;
 
 // From the last piece to the first: that may have to be merged with the last one of the group before, which is then long there.
@@ -17,7 +17,10 @@ template <class C>
 class PieceWalk {
  public:
   __device__ __forceinline__ explicit PieceWalk(const DecodeParams& params)
-      : p(params), plan(schedule::view(params.plan, params.num_workers)), worker(plan.workers[blockIdx.x]) {
+      : p(params),
+        plan(schedule::view(params.plan, params.num_workers)),
+        worker(plan.workers[blockIdx.x]),
+        units_per_group(params.plan->units_per_group) {
     index = worker.end_piece - 1;
     block = make_row_block(p, worker.last, worker.member, C::block_rows);
     if (!more() || !has_work(block)) advance();
@@ -42,11 +45,10 @@ class PieceWalk {
     if (more() && index == worker.end_piece - 1) told.pairs |= worker.pairs & kLeavesLast;
     return told;
   }
-  // Whether nobody else reads the KV of this worker, and it begins with a long piece: then L2 need not keep it. Where workers have few
-  // tokens that costs more than it gives: 33.5 -> 33.9 us at 16 requests of 4,096 tokens and 64 heads, 564 -> 546 at 128 of 16,384
-  // (measured, H200).
+  // Whether nobody else reads this KV, and it is much: then L2 need not keep it. With few tokens a worker that takes longer, 33.0 to 33.5
+  // -> 33.6 to 34.6 us at 16 requests of 4,096 tokens and 64 heads; but 564 -> 546 at 128 of 16,384 (measured, H200).
   __device__ __forceinline__ bool reads_once() const {
-    return worker.group_size == 1 && block.num_tiles >= kManyTokens / kTileTokens;
+    return worker.group_size == 1 && (units_per_group == 0 || units_per_group >= kManyTokens / kTileTokens);
   }
   // Of the lane's box, in tile `tile` of the piece or in one of the next.
   __device__ __forceinline__ Slot box_slot_at(int tile) const {
@@ -66,6 +68,9 @@ class PieceWalk {
 
  public:
   const PlanWorker worker;
+
+ private:
+  const int64_t units_per_group;  // 0 if batch-invariant
 };
 
 // By kQWarps warps of the producer: Q of each piece to `q_at` once `q_free` says that nobody reads the one before any more, and what
