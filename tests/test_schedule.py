@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from cases import single_tiles_beside_long_pieces
 from device_plan import Batch, host_schedule
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -226,3 +227,15 @@ def test_bad_arguments() -> None:
         _mla.schedule([1, 2], [0, 1], *sizes, 132)
     with pytest.raises(ValueError, match="must be positive"):
         _mla.schedule([1], None, *sizes, 0)
+
+
+@pytest.mark.parametrize("num_workers", [66, 78, 82, 108, 114, 132, 144])
+def test_there_are_single_tiles_beside_long_pieces(num_workers: int) -> None:
+    """So that the GPU's test of them tests something."""
+    lens = list(single_tiles_beside_long_pieces(num_workers))
+    schedule = check(lens, block_n=64, num_workers=num_workers)
+    of_workers: dict[int, list[int]] = {}
+    for piece in schedule.pieces:
+        tiles = schedule.tiles(piece.last_token - piece.first_token)
+        of_workers.setdefault(piece.worker, []).append(tiles)
+    assert any(tiles[0] == 1 and tiles[-1] >= 12 for tiles in of_workers.values() if tiles[1:])

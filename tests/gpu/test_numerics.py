@@ -11,7 +11,14 @@ from dataclasses import replace
 import mla
 import pytest
 import torch
-from cases import DIMS, DTYPES, Case, Inputs, make_problem
+from cases import (
+    DIMS,
+    DTYPES,
+    Case,
+    Inputs,
+    make_problem,
+    single_tiles_beside_long_pieces,
+)
 from compare import check, reference
 from covering import CASES
 from mla.variants import Variant
@@ -90,10 +97,9 @@ def test_many_query_tokens(
     "row", [row for row in GPU_ROWS if row.d_qk == 576], ids=lambda row: row.name
 )
 def test_single_tiles_beside_long_pieces(row: Variant, device: torch.device) -> None:
-    """Ranges of 21 units over items of 22: some workers have one tile of an item and many of the
-    next, which are several rounds of any ring of stages."""
+    """Some workers go from a piece of several rounds of any ring of stages to one of one tile."""
     workers = torch.cuda.get_device_properties(device).multi_processor_count
-    inputs = make_problem(Case((1280,) * (21 * workers // 22), h_q=16), device)
+    inputs = make_problem(Case(single_tiles_beside_long_pieces(workers), h_q=16), device)
     check(run(inputs, variant=row.name), reference(inputs))
 
 
