@@ -35,7 +35,7 @@ const Kernel& plan_parts_kernel(bool small, int device) {
 }
 
 struct DecodeKernels {
-  const Kernel *decode, *combine;
+  const Kernel *decode, *combine[2];  // [few tasks]
   Start decode_start, combine_start;  // the former behind the planner
 };
 
@@ -50,16 +50,25 @@ const DecodeKernels& decode_kernels(const Variant& variant, Dtype dtype, int dev
   return all
       .emplace(key, DecodeKernels{&get_kernel(variant.name, decode_entry(variant, dtype), device,
                                               Occupancy::one_block_per_sm, variant.smem_bytes),
-                                  &common_kernel("combine", combine_entry(variant, dtype).c_str(), device),
-                                  start_of(overlaps && waits_for_plan(variant)), start_of(overlaps)})
+                                  {&common_kernel("combine", combine_entry(variant, dtype, false).c_str(), device),
+                                   &common_kernel("combine", combine_entry(variant, dtype, true).c_str(), device)},
+                                  start_of(overlaps && waits_for_plan(variant)),
+                                  start_of(overlaps)})
       .first->second;
 }
 
-// CTAs of the combine kernel: as many as an SM holds, or as it can have tasks.
-unsigned combine_ctas(const Variant& variant, const DecodeParams& params) {
+// The form of the combine kernel, and its CTAs: as many as there can be tasks, or as are on the SMs at once.
+struct CombineGrid {
+  bool few_tasks;
+  unsigned ctas;
+};
+CombineGrid combine_grid(const Variant& variant, const DecodeParams& params) {
   const int64_t row_tiles = schedule::max_items(params.lengths, {kFragmentRows, 0, 0});
   const int64_t tasks = row_tiles * (variant.d_v / kFragmentColumns);
-  return static_cast<unsigned>(schedule::clamp<int64_t>(tasks, 1, int64_t{kCombineCtasPerWorker} * params.num_workers));
+  const int64_t few_ctas = int64_t{kFewCombineCtas} * params.num_workers;
+  const bool few_tasks = tasks <= few_ctas * (kCombineThreads / 32);
+  const int64_t most = few_tasks ? few_ctas : int64_t{kManyCombineCtas} * params.num_workers;
+  return {few_tasks, static_cast<unsigned>(schedule::clamp<int64_t>(tasks, 1, most))};
 }
 
 // What the planner is launched with, until it is.
@@ -111,9 +120,10 @@ void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& give
                         32 * static_cast<unsigned>(variant.warps),
                         plans ? kernels.decode_start : Start::after_kernel_before, params));
   const CombineParams combined = combine_params(params);
+  const CombineGrid grid = combine_grid(variant, params);
   if (params.o_partial)
-    chain.add(make_launch(*kernels.combine, combine_ctas(variant, params), kCombineThreads, kernels.combine_start,
-                          combined, arguments.shape));
+    chain.add(make_launch(*kernels.combine[grid.few_tasks], grid.ctas, kCombineThreads, kernels.combine_start, combined,
+                          arguments.shape));
   queue_chain(chain, device, stream, captured);
 }
 
@@ -127,7 +137,7 @@ void preload(const Variant& variant, int device) {
     if (!(dtype == Dtype::bf16 ? variant.bf16 : variant.fp16)) continue;
     const DecodeKernels& kernels = decode_kernels(variant, dtype, device);
     load_now(*kernels.decode);
-    load_now(*kernels.combine);
+    for (const Kernel* combine : kernels.combine) load_now(*combine);
   }
 }
 

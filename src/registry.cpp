@@ -84,7 +84,7 @@ static_assert(names_are_unique());
 #undef MLA_HOST_VARIANT
 
 struct Entries {
-  std::string decode, combine;
+  std::string decode, combine[2];  // [few_tasks]
 };
 
 // Made once, as they are looked up at each launch.
@@ -95,8 +95,9 @@ const Entries& entries_of(const Variant& variant, Dtype dtype) {
     for (size_t i = 0; i < kNumVariants; ++i)
       for (const Dtype of : kDtypes) {
         const std::string suffix = of == Dtype::bf16 ? "_bf16" : "_fp16";
+        const std::string combine = "mla_combine" + suffix + "_v" + std::to_string(kVariants[i].d_v);
         made[i][static_cast<size_t>(of)] = {"mla_" + std::string(kVariants[i].name) + suffix,
-                                            "mla_combine" + suffix + "_v" + std::to_string(kVariants[i].d_v)};
+                                            {combine + "_many", combine + "_few"}};
       }
     return made;
   }();
@@ -119,6 +120,8 @@ const Variant& find_variant(std::string_view name) {
 
 const std::string& decode_entry(const Variant& variant, Dtype dtype) { return entries_of(variant, dtype).decode; }
 
-const std::string& combine_entry(const Variant& variant, Dtype dtype) { return entries_of(variant, dtype).combine; }
+const std::string& combine_entry(const Variant& variant, Dtype dtype, bool few_tasks) {
+  return entries_of(variant, dtype).combine[few_tasks];
+}
 
 }  // namespace mla

@@ -94,7 +94,7 @@ namespace {
 
 // Of the problem. O of each item and part, [num_items][num_parts][rows][d_v] float32, and the log-sum-exps, without d_v, follow.
 struct Sizes {
-  int32_t num_items, num_parts, rows, d_v, block_rows, fp16, grid, backward;
+  int32_t num_items, num_parts, rows, d_v, block_rows, fp16, few, grid, backward;
 };
 
 Sizes sizes;
@@ -181,8 +181,11 @@ void store() {
 
 void combine() {
   const mla::CombineParams combined = mla::combine_params(params);
-  if (sizes.fp16) sizes.d_v == 512 ? mla_combine_fp16_v512(combined, shape) : mla_combine_fp16_v256(combined, shape);
-  else sizes.d_v == 512 ? mla_combine_bf16_v512(combined, shape) : mla_combine_bf16_v256(combined, shape);
+  const auto run = [&](auto few, auto many) { (sizes.few ? few : many)(combined, shape); };
+  if (sizes.fp16 && sizes.d_v == 512) run(mla_combine_fp16_v512_few, mla_combine_fp16_v512_many);
+  else if (sizes.fp16) run(mla_combine_fp16_v256_few, mla_combine_fp16_v256_many);
+  else if (sizes.d_v == 512) run(mla_combine_bf16_v512_few, mla_combine_bf16_v512_many);
+  else run(mla_combine_bf16_v256_few, mla_combine_bf16_v256_many);
 }
 
 }  // namespace

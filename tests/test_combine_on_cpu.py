@@ -31,6 +31,7 @@ STAND_INS = {
     },
     "math.cuh": {
         'asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));': "y = std::exp2(x);",
+        'asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));': "y = 1.f / x;",
     },
     "partials.cuh": {
         'asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(words[i]) : "r"(words[i]));': (
@@ -70,12 +71,14 @@ class Combine:
         grid: int = 1,
         block_rows: int = 16,
         backward: bool = False,
+        few: bool = True,
     ) -> Merged:
         items, parts, rows, d_v = o.shape
-        sizes = (items, parts, rows, d_v, block_rows, dtype == torch.float16, grid, backward)
+        fp16 = dtype == torch.float16
+        sizes = (items, parts, rows, d_v, block_rows, fp16, few, grid, backward)
         assert self.process.stdin
         assert self.process.stdout
-        self.process.stdin.write(struct.pack("8i", *sizes))
+        self.process.stdin.write(struct.pack("9i", *sizes))
         for tensor in (o, lse2):
             self.process.stdin.write(tensor.contiguous().numpy().tobytes())
         self.process.stdin.flush()
@@ -108,10 +111,10 @@ def merged(o: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
     return (weights.nan_to_num().unsqueeze(-1) * o.double()).sum(1), lse
 
 
-def ctas_if_shared(o: Tensor) -> int:
-    """Of this many or more, the warps of each share the parts of 16 rows and columns."""
+def ctas_if_shared(o: Tensor, warps: int = 8) -> int:
+    """With so many, this many warps share the parts of 16 rows and columns."""
     items, _, rows, d_v = o.shape
-    return items * -(-rows // 16) * (d_v // 16)
+    return -(-items * -(-rows // 16) * (d_v // 16) * warps // 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -121,6 +124,8 @@ def ctas_if_shared(o: Tensor) -> int:
         (1, 2, 16, 256, 16),
         (3, 3, 5, 256, 64),
         (2, 5, 20, 512, 16),
+        (1, 12, 16, 256, 16),
+        (1, 28, 16, 256, 16),
         (1, 33, 16, 256, 16),
         (2, 70, 40, 256, 32),
         (1, 132, 3, 512, 64),
@@ -136,17 +141,20 @@ def test_is_the_sum(
     combine: Combine,
 ) -> None:
     """Within the rounding of partial results and of the output; the same bits however many warps
-    share the parts, and in whatever order threads run."""
+    share the parts, in both forms of the kernel, and in whatever order threads run."""
     o, lse2 = problem(items, parts, rows, d_v)
     expected, expected_lse = merged(o, lse2)
-    few = combine(o, lse2, dtype, grid=3, block_rows=block_rows)
-    error = (few.out.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
+    first = combine(o, lse2, dtype, grid=1, block_rows=block_rows)
+    error = (first.out.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
     assert error < (2.5e-3 if dtype == torch.bfloat16 else 4e-4)
-    torch.testing.assert_close(few.lse.double(), expected_lse, rtol=1e-6, atol=1e-6)
-    for grid, backward in ((ctas_if_shared(o), False), (ctas_if_shared(o), True), (1, True)):
-        other = combine(o, lse2, dtype, grid, block_rows, backward)
-        assert torch.equal(other.out.view(torch.int16), few.out.view(torch.int16))
-        assert torch.equal(other.lse, few.lse)
+    torch.testing.assert_close(first.lse.double(), expected_lse, rtol=1e-6, atol=1e-6)
+    grids = {ctas_if_shared(o, warps) for warps in (8, 4, 2, 1)}
+    assert len(grids) == 4
+    runs = [(grid, few, not few) for grid in sorted(grids) for few in (True, False)]
+    for grid, few, backward in [*runs, (max(grids), True, True)]:
+        other = combine(o, lse2, dtype, grid, block_rows, backward, few)
+        assert torch.equal(other.out.view(torch.int16), first.out.view(torch.int16))
+        assert torch.equal(other.lse, first.lse)
 
 
 def test_rows_without_tokens(combine: Combine) -> None:

@@ -53,7 +53,7 @@ def test_decode_is_the_kernel_and_its_combine(
     decode, combine = done.named("launch")
     short = {"bfloat16": "bf16", "float16": "fp16"}[dtype]
     assert decode["kernel"] == f"mla_{name}_{short}"
-    assert combine["kernel"] == f"mla_combine_{short}_v{variant['d_v']}"
+    assert combine["kernel"] == f"mla_combine_{short}_v{variant['d_v']}_many"
     assert (decode["grid"], decode["block"]) == (WORKERS, 32 * variant["warps"])
     assert (combine["grid"], combine["block"], combine["smem"]) == (4 * WORKERS, 256, 0)
     assert {(call["stream"], call["device"]) for call in (decode, combine)} == {(0xABC, 1)}
@@ -99,14 +99,31 @@ for name in {NAMES!r}:
 def test_combine_has_no_more_ctas_than_tasks(
     requests: int, s_q: int | None, row_tiles: int, run: Any
 ) -> None:
-    """Of 16 rows and 16 columns. 17 heads; ragged: five tokens in all."""
+    """Of 16 rows and 16 columns. 17 heads; ragged: five tokens in all. So few get the one form."""
     name = next(v["name"] for v in GPU_VARIANTS if v["d_v"] == 256)
     given = {"num_requests": requests, "h_q": 17, "total_q": 5, "num_workers": 1000}
     if s_q is not None:
         given |= {"s_q": s_q, "cu_seqlens_q": 0}
     fill = "".join(f"p.{name} = {value}\n" for name, value in given.items())
     done = run(f"{FILL}\n{fill}_mla.launch_decode({name!r}, 'float16', p, False, 0, 0)")
-    assert done.named("launch")[1]["grid"] == max(16 * row_tiles, 1)
+    combine = done.named("launch")[1]
+    assert combine["grid"] == max(16 * row_tiles, 1)
+    assert combine["kernel"].endswith("_few")
+
+
+@pytest.mark.parametrize(
+    ("row_tiles", "ctas", "tasks"), [(7, 2 * WORKERS, "few"), (8, 4 * WORKERS, "many")]
+)
+def test_combine_has_two_ctas_for_a_worker_if_all_tasks_have_a_warp(
+    row_tiles: int, ctas: int, tasks: str, run: Any
+) -> None:
+    """7 workers, 14 CTAs, 112 warps; 16 tasks in each 16 rows."""
+    name = next(v["name"] for v in GPU_VARIANTS if v["d_v"] == 256)
+    fill = f"p.num_requests, p.h_q, p.s_q, p.cu_seqlens_q = {row_tiles}, 16, 1, 0"
+    done = run(f"{FILL}\n{fill}\n_mla.launch_decode({name!r}, 'bfloat16', p, False, 0, 0)")
+    combine = done.named("launch")[1]
+    assert combine["kernel"] == f"mla_combine_bf16_v256_{tasks}"
+    assert combine["grid"] == ctas
 
 
 def test_decode_divides_by_multiplication(run: Any) -> None:
@@ -227,10 +244,10 @@ for thread in threads: thread.join()
     assert all(load["preserved"] for load in loaded)
     assert sorted(c["device"] for c in done.named("cuDevicePrimaryCtxRetain")) == [0, 1]
     set_for = [(c["kernel"], c["device"]) for c in done.named("cuKernelSetAttribute")]
-    # The planner; decode and combine in two dtypes on two devices.
-    assert len(set_for) == len(set(set_for)) == 1 + 2 * 2 * 2
+    # The planner; decode and both forms of combine in two dtypes on two devices.
+    assert len(set_for) == len(set(set_for)) == 1 + 3 * 2 * 2
     carveouts = [c["carveout"] for c in done.named("cuKernelSetAttribute") if "carveout" in c]
-    assert carveouts == [100] * 5
+    assert carveouts == [100] * 9
     assert len(done.named("cuInit")) == 1
 
 
@@ -274,8 +291,9 @@ def test_preload_brings_in_all_that_a_call_launches(run: Any, variant: dict[str,
     done = run(f"_mla.preload(1, {name!r})")
     assert not done.named("launch")
     got = [(c["kernel"], c["device"]) for c in done.named("cuKernelGetFunction")]
-    combine = f"mla_combine_%s_v{variant['d_v']}"
-    names = [n % t for n in (f"mla_{name}_%s", combine) for t in ("bf16", "fp16")]
+    combine = f"mla_combine_%s_v{variant['d_v']}_"
+    entries = (f"mla_{name}_%s", f"{combine}few", f"{combine}many")
+    names = [n % t for n in entries for t in ("bf16", "fp16")]
     names += [f"mla_plan_{size}{q}" for size in ("small", "large") for q in ("", "_ragged")]
     names += [f"mla_plan_parts_{size}" for size in ("small", "large")]
     assert sorted(got) == sorted((n, 1) for n in names)

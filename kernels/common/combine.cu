@@ -1,8 +1,12 @@
 // Merges the partial results of split items: out = sum_s w_s o_s with w_s = 2^(lse2_s - lse2), lse2 = log2 sum_s 2^lse2_s.
 //
-// A task is 16 rows of an item and 16 columns a warp. With few tasks all warps of a CTA share the parts of 16 columns, so that all parts
-// are in flight at once; with many no warp waits for another. Parts are added four at a time, one in eight of these sums after the other,
-// and then these eight, however many warps share them: the bits depend on the parts alone.
+// A task is 16 rows of an item and 16 columns. Its parts are asked for four at a time, a chunk. One in eight chunks after the other makes a
+// sum, relative to the max of its own parts, and these eight are added one after the other. As many warps share them as there are for all
+// tasks, if there is more than one: so the bits depend on the parts alone.
+//
+// A call waits for this kernel from the end of the last decode CTA to its own, and nearly all of that is instructions that wait for one
+// another. So there is one barrier at most, no lane reckons what another one must know first, but the max of its quad, there are no
+// branches between what may overlap, and what can be is reckoned ahead of the wait for the parts. What that gave: DESIGN.md, decision 18.
 
 #include "dependent.cuh"
 #include "dtype.cuh"
@@ -12,181 +16,287 @@
 
 namespace mla {
 
-constexpr unsigned kCombineWarps = kCombineThreads / 32;
-constexpr unsigned kChunkParts = 4;                  // that are asked for at once
-constexpr unsigned kStateParts = 2 * kCombineWarps;  // whose lse2 the lanes of a CTA ask for at once, each four times
+constexpr unsigned kLog2CombineWarps = 3, kCombineWarps = 1 << kLog2CombineWarps;
+static_assert(kCombineThreads == 32 * kCombineWarps);
+constexpr unsigned kChunkParts = 4;  // each lane of a quad knows what one of them counts
+constexpr unsigned kSums = 8;
+static_assert(kSums == kCombineWarps);
 
-template <class T, int DV>
+// Of a row: parts whose sum is relative to 2^max.
+struct RowState {
+  float max, sum;
+};
+// What O of some parts and of others behind them is to be multiplied by, to be added; `state` becomes that of both.
+struct Factors {
+  float before, behind;
+};
+__device__ __forceinline__ Factors add_state(RowState& state, const RowState& behind) {
+  const float raised = fmaxf(state.max, behind.max);
+  const Factors factors{exp2_fast(state.max - raised), exp2_fast(behind.max - raised)};
+  state = {raised, fmaf(behind.sum, factors.behind, state.sum * factors.before)};
+  return factors;
+}
+__device__ __forceinline__ float add(float before, float behind, Factors factors) {
+  return fmaf(behind, factors.behind, before * factors.before);
+}
+
+// What a lane has of the sum of some parts: as of a fragment, in rows g and g + 8.
+struct Sum {
+  float o[8];
+  RowState rows[2];
+};
+constexpr Sum kNothing = {{}, {{kNoMax, 0.f}, {kNoMax, 0.f}}};
+
+// The parts of a task.
+struct Parts {
+  unsigned row_tile, column_block;  // in each of them
+  unsigned number;
+  unsigned first, before_second, step;  // where they begin, in row tiles of all partial results
+  int num_rows;                         // that exist; more than 16: all
+
+  __device__ __forceinline__ unsigned begin_of(unsigned part) const {
+    return part == 0 ? first : before_second + part * step;
+  }
+};
+
+// Adds parts kChunkParts * chunk and so on.
+template <int DV>
+__device__ __forceinline__ void add_chunk(Sum& sum, const CombineParams& p, unsigned block_rows, const Parts& parts,
+                                          unsigned chunk) {
+  const unsigned first = chunk * kChunkParts, own = first + threadIdx.x % 4;
+  const int quad = threadIdx.x % 32 / 4;
+  // As if a partial result had 16 rows: others then have several, but for what lies between lse2 and that of a run of columns.
+  const float* lse2_at = partial_lse2(p, kFragmentRows, parts.begin_of(own), parts.row_tile * kFragmentRows + quad);
+  const unsigned run = parts.column_block / (DV / kFragmentColumns / kColumnRuns), run_rows = (1 + run) * block_rows;
+  float lse2[2], weight[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const bool counts = own < parts.number && quad + half * 8 < parts.num_rows;
+    lse2[half] = counts ? lse2_at[half * 8] : kNegInf;
+    weight[half] = counts ? lse2_at[half * 8 + run_rows] : kNegInf;
+  }
+  uint4 x[kChunkParts];
+#pragma unroll
+  for (unsigned i = 0; i < kChunkParts; ++i) {
+    const uint4* at =
+        partial_fragment(p, kFragmentRows, DV, parts.begin_of(first + i), parts.row_tile, parts.column_block);
+    x[i] = first + i < parts.number ? *at : uint4{};
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    RowState& row = sum.rows[half];
+    const float raised = fmaxf(row.max, lanes_max<4>(lse2[half])), before = exp2_fast(row.max - raised);
+    row = {raised, fmaf(row.sum, before, lanes_sum<4>(exp2_fast(lse2[half] - raised)))};
+    weight[half] = exp2_fast(weight[half] - raised);
+#pragma unroll
+    for (int j = half * 2; j < 8; j += 4) sum.o[j] *= before, sum.o[j + 1] *= before;
+  }
+#pragma unroll
+  for (unsigned i = 0; i < kChunkParts; ++i) {
+    float of_part[8], counts[2];
+    unpack_partial(x[i], of_part);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) counts[half] = __shfl_sync(0xffffffffu, weight[half], (threadIdx.x & 28) + i);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sum.o[j] = fmaf(counts[j / 2 % 2], of_part[j], sum.o[j]);
+  }
+}
+
+// Of four words of each lane of a quad: lane 0 gets the first ones of all, lane 1 the third ones, lane 2 the second ones, lane 3 the last.
+__device__ __forceinline__ uint4 quad_transposed(const uint32_t (&words)[4]) {
+  const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+  uint32_t of_pair[2][2];  // word, lane
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t kept = odd ? words[2 + i] : words[i];
+    const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? words[i] : words[2 + i], 1);
+    of_pair[i][0] = odd ? got : kept, of_pair[i][1] = odd ? kept : got;
+  }
+  uint32_t kept[2], got[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    kept[i] = upper ? of_pair[1][i] : of_pair[0][i];
+    got[i] = __shfl_xor_sync(0xffffffffu, upper ? of_pair[0][i] : of_pair[1][i], 2);
+  }
+  return upper ? uint4{got[0], got[1], kept[0], kept[1]} : uint4{kept[0], kept[1], got[0], got[1]};
+}
+
+// Sums that wait for others, each a warp's, three float4 a lane. Where warps share tasks: of a task all, be there parts for them or not.
+// Where they do not: of each warp one.
+template <unsigned Places>
+struct Kept {
+  float4 words[3][Places * 32];
+};
+template <unsigned Places>
+__device__ __forceinline__ void keep(Kept<Places>& kept, unsigned place, const Sum& sum) {
+  const unsigned at = place * 32 + threadIdx.x % 32;
+#pragma unroll
+  for (int i = 0; i < 2; ++i)
+    kept.words[i][at] = make_float4(sum.o[i * 4], sum.o[i * 4 + 1], sum.o[i * 4 + 2], sum.o[i * 4 + 3]);
+  kept.words[2][at] = make_float4(sum.rows[0].max, sum.rows[0].sum, sum.rows[1].max, sum.rows[1].sum);
+}
+// `sum` is behind what was kept.
+template <unsigned Places>
+__device__ __forceinline__ void add_kept(Sum& sum, const Kept<Places>& kept, unsigned place) {
+  const unsigned at = place * 32 + threadIdx.x % 32;
+  const float4 low = kept.words[0][at], high = kept.words[1][at], rows = kept.words[2][at];
+  const float before[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  RowState of_both[2] = {{rows.x, rows.y}, {rows.z, rows.w}};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const Factors factors = add_state(of_both[half], sum.rows[half]);
+    sum.rows[half] = of_both[half];
+#pragma unroll
+    for (int j = half * 2; j < 8; j += j % 2 ? 3 : 1) sum.o[j] = add(before[j], sum.o[j], factors);
+  }
+}
+// Of one: of pair 0 and 2 of its columns that are in row g, of pairs 1 and 3 in row g + 8, which are the first and the next 8.
+template <unsigned Places>
+__device__ __forceinline__ float2 kept_pair(const Kept<Places>& kept, unsigned place, unsigned pair) {
+  return reinterpret_cast<const float2*>(&kept.words[pair / 2][place * 32 + threadIdx.x % 32])[pair % 2];
+}
+template <unsigned Places>
+__device__ __forceinline__ RowState kept_state(const Kept<Places>& kept, unsigned place, unsigned pair) {
+  const float2 state = kept_pair(kept, place, 4 + pair % 2);
+  return {state.x, state.y};
+}
+
+template <class T, int DV, int CtasPerWorker>
 __device__ __forceinline__ void combine(const CombineParams& p, schedule::Shape shape) {
-  __shared__ float4 sums[kCombineWarps - 1][2][32];        // of the warps behind the first, where all share the parts
-  __shared__ float2 states[kCombineWarps][kFragmentRows];  // max and sum of some of a row's parts
-  constexpr unsigned column_blocks = DV / kFragmentColumns, log2_blocks = DV == 512 ? 5 : 4, log2_warps = 3;
-  static_assert(column_blocks == 1 << log2_blocks && kCombineWarps == 1 << log2_warps);
-  const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4;
-  const SplitItem* splits = schedule::splits_of(p.plan);
+  // If any warps share a task, so many do at least: what they keep is shared memory of all CTAs.
+  constexpr unsigned log2_least_shares = CtasPerWorker == kFewCombineCtas ? 1 : 2;
+  __shared__ Kept<(kCombineWarps >> log2_least_shares) * kSums> kept;
+  constexpr unsigned column_blocks = DV / kFragmentColumns, log2_blocks = DV == 512 ? 5 : 4;
+  static_assert(column_blocks == 1 << log2_blocks);
+  const unsigned warp = threadIdx.x / 32;
+  const int quad = threadIdx.x % 32 / 4, in_quad = threadIdx.x % 4;
+  const SplitItem* first_splits = schedule::splits_of(p.plan);
   const unsigned group_size = p.plan->group_size, num_items = p.plan->num_splits;
 
   unsigned rows = group_size * shape.block_rows;  // of an item, at most
   if (!p.lengths.cu_seqlens_q) rows = min(rows, static_cast<unsigned>(p.lengths.s_q) * p.lengths.h_q);
   const unsigned row_tiles = (rows + kFragmentRows - 1) / kFragmentRows;
-  const bool shares = num_items * row_tiles * uint64_t{column_blocks} <= gridDim.x;
-  const unsigned log2_tasks = shares ? log2_blocks : log2_blocks - log2_warps;  // of a row tile
-  const unsigned num_tasks = num_items * row_tiles << log2_tasks;
+  const unsigned num_row_tiles = num_items * row_tiles, num_tasks = num_row_tiles << log2_blocks;
+  // Warps of a task: as many as there are for all of them.
+  unsigned log2_shares = kLog2CombineWarps;
+  while (log2_shares > 0 && num_row_tiles > gridDim.x << (kLog2CombineWarps - log2_shares) >> log2_blocks)
+    log2_shares = log2_shares > log2_least_shares ? log2_shares - 1 : 0;
+  const unsigned shares = 1u << log2_shares, share = warp % shares;  // the warps, and which of them this is
 
-  SplitItem item{};
-  int row_tile = 0, member = 0, block_tile = 0;  // of the item, the row block and its row tile
-  auto look_up = [&](unsigned task) {
-    const unsigned number = task >> log2_tasks, of_item = number / num_items;
-    item = splits[number - of_item * num_items];
-    row_tile = static_cast<int>(of_item);
-    const int log2_row_tiles = 31 - __clz(shape.block_rows / kFragmentRows);  // of a row block
-    member = row_tile >> log2_row_tiles;
-    block_tile = row_tile - (member << log2_row_tiles);
+  SplitItem item;
+  int first_row;  // of the task
+  Parts parts{};
+  auto look_up = [&](unsigned task, const SplitItem* splits) {
+    if (task >= num_tasks) return;
+    unsigned number = task >> log2_blocks;
+    int row_tile = 0;  // of the item
+    for (; number >= num_items; ++row_tile) number -= num_items;
+    item = splits[number];
+    const int block_tiles = shape.block_rows / kFragmentRows, member = row_tile >> (31 - __clz(block_tiles));
+    first_row = item.first_row + row_tile * kFragmentRows;
+    parts.num_rows = item.num_tokens * p.lengths.h_q - first_row;
+    parts.row_tile = row_tile - member * block_tiles, parts.column_block = task % column_blocks;
+    parts.first = (item.first_slot + member) * block_tiles;
+    parts.before_second = (item.second_slot + member - item.slot_step) * block_tiles;
+    parts.step = item.slot_step * block_tiles;
+    parts.number = parts.num_rows > 0 ? item.num_pieces : 0;
   };
-  unsigned task = blockIdx.x;
-  if (task < num_tasks) look_up(task);
+  // Columns of row g (half 0) or g + 8 of the output, and its log-sum-exp with the first of them.
+  auto store = [&](int half, unsigned column, const RowState& state, auto words) {
+    const int of_16 = quad + half * 8, row = first_row + of_16;
+    if (of_16 >= parts.num_rows) return;
+    const int token = divide(row, p.by_h_q), head = row - token * p.lengths.h_q;
+    auto at = [&](const RowStrides& strides) {
+      return item.request * strides.batch + (item.first_token + token) * strides.token + head * strides.head;
+    };
+    *reinterpret_cast<decltype(words)*>(static_cast<uint16_t*>(p.out) + at(p.out_strides) + column) = words;
+    if (p.lse && column == 0) p.lse[at(p.lse_strides)] = lse2_of(state.max, state.sum) * kLn2;
+  };
+  // +0 is added as it may have been before: sums without parts are added where warps share them, and are not where they do not.
+  auto scaled_pair = [](const RowState& state, float x, float y) {
+    const float scale = state.sum == 0.f ? 0.f : reciprocal_fast(state.sum);
+    return pack2<T>(fmaf(x, scale, 0.f), fmaf(y, scale, 0.f));
+  };
+
+  unsigned task = (blockIdx.x * kCombineWarps + warp) >> log2_shares;
+  look_up(task, first_splits);
   wait_for_kernel_before();
 
+  if ((shares == 1 ? task : blockIdx.x * kCombineWarps >> log2_shares) >= num_tasks) return;
+  const unsigned place = shares == 1 ? warp : warp / shares * kSums;
 #pragma unroll 1
-  while (task < num_tasks) {
-    const unsigned of_row_tile = task & ((1u << log2_tasks) - 1);
-    const unsigned column_block = shares ? of_row_tile : of_row_tile * kCombineWarps + warp;
-    const unsigned run = column_block / (column_blocks / kColumnRuns);
-    const int first_row = item.first_row + row_tile * kFragmentRows;
-    const int num_rows = item.num_tokens * p.lengths.h_q - first_row;
-    const unsigned num_parts = num_rows > 0 ? item.num_pieces : 0;
-    const unsigned num_chunks = (num_parts + kChunkParts - 1) / kChunkParts;
-    const unsigned first_slot = item.first_slot + member, before_second = item.second_slot + member - item.slot_step;
-    auto slot_of = [&](unsigned part) { return part == 0 ? first_slot : before_second + part * item.slot_step; };
-    const int row = lane % kFragmentRows, block_row = block_tile * kFragmentRows + row;
+  for (;;) {
+    Sum sum;
+#pragma unroll 1
+    for (unsigned number = share;;) {
+      sum = kNothing;
+#pragma unroll 1
+      for (unsigned chunk = number; chunk * kChunkParts < parts.number; chunk += kSums)
+        add_chunk<DV>(sum, p, shape.block_rows, parts, chunk);
+      if (shares == 1 && number > 0) add_kept(sum, kept, place);
+      const unsigned of_sum = number;
+      number += shares;
+      if (shares == 1 && (number == kSums || number * kChunkParts >= parts.number)) break;
+      keep(kept, shares == 1 ? place : place + of_sum, sum);
+      if (number >= kSums) break;
+    }
+    if (shares > 1) break;
 
-    // The warp's first parts are asked for before anybody knows what they count.
-    uint4 x[kChunkParts];
-    float part_lse2[kChunkParts / 2];  // of the lane's row, of part lane / 16 of each two
-    auto load_chunk = [&](unsigned chunk) {
+    asm volatile("" : "+r"(first_row));  // no address of the output ahead of the parts: registers
+    // Each lane of a quad gets 8 columns: the first and the second 8 of row g, then those of row g + 8.
+    uint32_t words[4];
 #pragma unroll
-      for (unsigned i = 0; i < kChunkParts; ++i) {
-        const unsigned part = chunk * kChunkParts + i;
-        if (part >= num_parts) break;
-        x[i] = *partial_fragment(p, shape.block_rows, DV, slot_of(part), block_tile, column_block);
-      }
+    for (int i = 0; i < 4; ++i) words[i] = scaled_pair(sum.rows[i % 2], sum.o[i * 2], sum.o[i * 2 + 1]);
+    const bool lower = in_quad >= 2;
+    const RowState row = {lower ? sum.rows[1].max : sum.rows[0].max, lower ? sum.rows[1].sum : sum.rows[0].sum};
+    store(lower, parts.column_block * kFragmentColumns + in_quad % 2 * 8, row, quad_transposed(words));
+    task += gridDim.x * kCombineWarps;
+    if (task >= num_tasks) return;
+    look_up(task, schedule::splits_of(p.plan));
+  }
+
+  __syncthreads();  // all sums are there
+  if (task >= num_tasks) return;
+  // Of the lane's share of a fragment there are four pairs of columns.
+#pragma unroll 1
+  for (unsigned pair = share; pair < 4; pair += shares) {
+    RowState row = kept_state(kept, place, pair);
+    float2 o = kept_pair(kept, place, pair);
+    const auto add_sums = [&](auto first) {  // as many as before it
 #pragma unroll
-      for (unsigned i = 0; i < kChunkParts / 2; ++i) {
-        const unsigned part = chunk * kChunkParts + i * 2 + lane / kFragmentRows;
-        part_lse2[i] = part < num_parts && row < num_rows
-                           ? *run_lse2(p, shape.block_rows, slot_of(part), block_row, run)
-                           : kNegInf;
+      for (unsigned i = first.value; i < 2 * first.value; ++i) {
+        const float2 added = kept_pair(kept, place + i, pair);
+        const Factors factors = add_state(row, kept_state(kept, place + i, pair));
+        o = make_float2(add(o.x, added.x, factors), add(o.y, added.y, factors));
       }
     };
-    // lse2 of the rows: each of 16 lanes looks at some of a row's parts.
-    float state_lse2[4];
-    auto load_states = [&](unsigned first) {
-#pragma unroll
-      for (unsigned i = 0; i < 4; ++i) {
-        const unsigned part = first + lane / kFragmentRows + i * kStateParts;
-        state_lse2[i] =
-            part < num_parts && row < num_rows ? *partial_lse2(p, shape.block_rows, slot_of(part), block_row) : kNegInf;
-      }
-    };
-    load_states(warp * 2);
-    const unsigned first_sum = shares ? warp : 0, end_sum = shares ? warp + 1 : kCombineWarps;
-    if (first_sum < num_chunks) load_chunk(first_sum);
-
-    float max = kNegInf, sum = 0.f;
-    auto add_state = [&](float other_max, float other_sum) {
-      const float raised = fmaxf(max, other_max), base = raised == kNegInf ? 0.f : raised;
-      sum = sum * exp2_fast(max - base) + other_sum * exp2_fast(other_max - base);
-      max = raised;
-    };
-#pragma unroll 1
-    for (unsigned first = warp * 2; first < num_parts;) {
-#pragma unroll
-      for (unsigned i = 0; i < 4; ++i) add_state(state_lse2[i], 1.f);
-      first += 4 * kStateParts;
-      if (first < num_parts) load_states(first);
-    }
-    add_state(__shfl_xor_sync(0xffffffffu, max, kFragmentRows), __shfl_xor_sync(0xffffffffu, sum, kFragmentRows));
-    if (lane < kFragmentRows) states[warp][row] = make_float2(max, sum);
-    __syncthreads();  // the states are there
-    max = kNegInf, sum = 0.f;
-#pragma unroll
-    for (unsigned i = 0; i < kCombineWarps; ++i) max = fmaxf(max, states[i][row].x);
-    const float base = max == kNegInf ? 0.f : max;
-#pragma unroll
-    for (unsigned i = 0; i < kCombineWarps; ++i) sum += states[i][row].y * exp2_fast(states[i][row].x - base);
-    const float lse2 = lse2_of(base, sum), lse2_base = lse2 == kNegInf ? 0.f : lse2;
-
-    float o[8] = {}, of_sum[8] = {};
-    unsigned number = first_sum, chunk = number;  // of the sum, and of the parts
-#pragma unroll 1
-    while (number < end_sum && chunk < num_chunks) {
-#pragma unroll
-      for (unsigned i = 0; i < kChunkParts; ++i) {
-        if (chunk * kChunkParts + i >= num_parts) break;
-        const float weight = exp2_fast(part_lse2[i / 2] - lse2_base);
-        const float weights[2] = {__shfl_sync(0xffffffffu, weight, i % 2 * kFragmentRows + quad),
-                                  __shfl_sync(0xffffffffu, weight, i % 2 * kFragmentRows + quad + 8)};
-        float of_part[8];
-        unpack_partial(x[i], of_part);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) of_sum[j] += weights[j / 2 % 2] * of_part[j];
-      }
-      chunk += kCombineWarps;
-      const bool ends = chunk >= num_chunks;
-      if (ends) chunk = ++number;
-      if (number < end_sum && chunk < num_chunks) load_chunk(chunk);
-      if (ends)
-#pragma unroll
-        for (int i = 0; i < 8; ++i) o[i] += of_sum[i], of_sum[i] = 0.f;
-    }
-    if (shares && num_chunks > 1) {
-      if (warp > 0)
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-          sums[warp - 1][i][lane] = make_float4(o[i * 4], o[i * 4 + 1], o[i * 4 + 2], o[i * 4 + 3]);
-      __syncthreads();  // the sums are there
-      if (warp == 0)
-#pragma unroll 1
-        for (unsigned i = 1; i < min(num_chunks, kCombineWarps); ++i)
-#pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const float4 of_warp = sums[i - 1][j][lane];
-            o[j * 4] += of_warp.x, o[j * 4 + 1] += of_warp.y;
-            o[j * 4 + 2] += of_warp.z, o[j * 4 + 3] += of_warp.w;
-          }
-    }
-    if (num_rows > 0 && (!shares || warp == 0)) {
-      uint32_t words[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) words[i] = pack2<T>(o[i * 2], o[i * 2 + 1]);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint2 four = four_columns(words, half);
-        const int of_16 = static_cast<int>(quad) + half * 8;
-        if (of_16 < num_rows)
-          *output_row(p, item.request, item.first_token, first_row + of_16, column_block * kFragmentColumns) = four;
-      }
-      if (p.lse && column_block == 0 && lane < min(num_rows, kFragmentRows)) {
-        const int of_request = first_row + row, token = divide(of_request, p.by_h_q);
-        p.lse[item.request * p.lse_strides.batch + (item.first_token + token) * p.lse_strides.token +
-              (of_request - token * p.lengths.h_q) * p.lse_strides.head] = lse2 * kLn2;
-      }
-    }
-    if (shares) break;  // each CTA has one task at most
-    __syncthreads();    // the states have been read
-    task += gridDim.x;
-    if (task < num_tasks) look_up(task);
+    add_sums(Index<1>{});
+    if (parts.number > 2 * kChunkParts) add_sums(Index<2>{});
+    if (parts.number > 4 * kChunkParts) add_sums(Index<4>{});
+    static_assert(kSums == 8);
+    store(static_cast<int>(pair % 2), parts.column_block * kFragmentColumns + pair / 2 * 8 + in_quad * 2, row,
+          scaled_pair(row, o.x, o.y));
   }
 }
 
 }  // namespace mla
 
-#define MLA_COMBINE(dtype, d_v)                                                                                \
-  extern "C" __global__ void __launch_bounds__(mla::kCombineThreads, mla::kCombineCtasPerWorker)               \
-      mla_combine_##dtype##_v##d_v(const __grid_constant__ mla::CombineParams p, mla::schedule::Shape shape) { \
-    mla::combine<mla::dtype, d_v>(p, shape);                                                                   \
+// Of a worker's CTAs, which do not wait for one another, those on an SM at one time: code for sm_86 would spill with the registers of four.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define MLA_RESIDENT(ctas) (mla::ctas < 3 ? mla::ctas : 3)
+#else
+#define MLA_RESIDENT(ctas) mla::ctas
+#endif
+#define MLA_COMBINE(dtype, d_v, tasks, ctas)                                               \
+  extern "C" __global__ void __launch_bounds__(mla::kCombineThreads, MLA_RESIDENT(ctas))   \
+      mla_combine_##dtype##_v##d_v##_##tasks(const __grid_constant__ mla::CombineParams p, \
+                                             mla::schedule::Shape shape) {                 \
+    mla::combine<mla::dtype, d_v, mla::ctas>(p, shape);                                    \
   }
-MLA_COMBINE(bf16, 512)
-MLA_COMBINE(fp16, 512)
-MLA_COMBINE(bf16, 256)
-MLA_COMBINE(fp16, 256)
+#define MLA_COMBINE_BOTH(dtype, d_v)            \
+  MLA_COMBINE(dtype, d_v, few, kFewCombineCtas) \
+  MLA_COMBINE(dtype, d_v, many, kManyCombineCtas)
+MLA_COMBINE_BOTH(bf16, 512)
+MLA_COMBINE_BOTH(fp16, 512)
+MLA_COMBINE_BOTH(bf16, 256)
+MLA_COMBINE_BOTH(fp16, 256)

@@ -23,6 +23,8 @@ __device__ __forceinline__ void unrolled(Body&& body) {
 }
 
 constexpr float kNegInf = -__builtin_huge_valf();
+// Of a row that has seen no token: finite, so that differences of two are, and below every logit.
+constexpr float kNoMax = -1e30f;
 constexpr float kLn2 = 0.69314718055994530942f;
 
 __device__ __forceinline__ float exp2_fast(float x) {  // 2 ulp; exp2(-inf) = 0

@@ -103,27 +103,32 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, int parity) {
 __device__ __forceinline__ void prefetch_tensor_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
-// How boxes treat L2: what is read once leaves it first. Otherwise they carry no policy at all, as one that says what holds anyway takes
-// time (measured: sm90_3wg.md).
-struct L2Policy {
-  bool reads_once = false;
-  uint64_t evict_first = 0;
+// What a box is to L2: as anything else, or what leaves it first. The first carries no policy at all, as one that says what holds anyway
+// takes time; so does a choice between them at each box (measured: sm90_3wg.md).
+struct KeptInL2 {};
+struct EvictedFirst {
+  uint64_t policy;
 };
-__device__ __forceinline__ L2Policy l2_policy(bool reads_once) {
-  L2Policy policy{reads_once};
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy.evict_first));
-  return policy;
+__device__ __forceinline__ EvictedFirst evicted_first() {
+  EvictedFirst l2;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(l2.policy));
+  return l2;
 }
 // One box of a 3-D map, at element (x, y, z), to `to`; its bytes count on `barrier`. Elements outside arrive as zeros, and count.
 __device__ __forceinline__ void tma_load_3d(uint32_t to, const TensorMap* map, int x, int y, int z, uint32_t barrier,
-                                            const L2Policy& policy) {
+                                            KeptInL2) {
   asm volatile(
-      "{\n.reg .pred once;\nsetp.ne.b32 once, %6, 0;\n"
-      "@once cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1, {%2, %3, %4}], [%5], %7;\n"
-      "@!once cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%2, %3, %4}], [%5];\n}" ::"r"(to),
-      "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier), "r"(int{policy.reads_once}), "l"(policy.evict_first)
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
+          "r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
+      : "memory");
+}
+__device__ __forceinline__ void tma_load_3d(uint32_t to, const TensorMap* map, int x, int y, int z, uint32_t barrier,
+                                            EvictedFirst l2) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
+      "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier), "l"(l2.policy)
       : "memory");
 }
 // `bytes`, a multiple of 16, in one piece; they count on `barrier`.

@@ -135,10 +135,11 @@ __device__ __forceinline__ void store_partial(const DecodeParams& p, int slot, i
   float factor[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    float sum = 0.f;
+    float sums[4] = {};  // beside each other, as they wait for nothing
 #pragma unroll
-    for (int i = half * 2; i < N; i += 4) sum += fabsf(o[i]) + fabsf(o[i + 1]);
-    const int exponent = run_exponent(lanes_sum<4>(sum) * scale[half]);
+    for (int i = half * 2; i < N; i += 4) sums[i / 4 % 4] += fabsf(o[i]) + fabsf(o[i + 1]);
+    const float sum = lanes_sum<4>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    const int exponent = run_exponent(sum * scale[half]);
     factor[half] = scale[half] * exp2_of(-exponent);
     *run_lse2(p, C::block_rows, slot, row_tile * kFragmentRows + lane / 4 + half * 8,
               half_of_columns * half_runs + lane % 4) = lse2[half] + exponent;

@@ -65,9 +65,8 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
 
     // ---- KV by TMA: two warps, half of the columns each, and RoPE to whom the half is freed first ----
 
-    auto load_boxes_of_pieces = [&](int half) {
+    auto load_boxes_of_pieces = [&](int half, auto l2) {
       RingPlace<C> place;
-      const L2Policy policy = l2_policy(walk.reads_once());
       int landed_parity = 0;
       while (walk.more()) {
         const int len = warp_uniform(walk.block.len);
@@ -81,7 +80,7 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
           const bool with_rope = L::rope > 0 && tile % 2 == half;
           auto load = [&](int chunk) {
             mbarrier_arrive_expect(at.full(place.stage, chunk), kChunkBytes);
-            load_chunk<C>(p, at.tile(place.stage), chunk, boxes, kTileTokens, at.full(place.stage, chunk), policy);
+            load_chunk<C>(p, at.tile(place.stage), chunk, boxes, kTileTokens, at.full(place.stage, chunk), l2);
           };
           if (with_rope)
             mbarrier_wait(at.free_rope(place.stage), place.parity ^ 1);  // pairs with finish_logits, a round before
@@ -100,7 +99,7 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
                 mbarrier_arrive_expect(at.landed(half), chunks * box_bytes(p, tokens));
 #pragma unroll 1
                 for (int k = 0; k < chunks; ++k)
-                  load_chunk<C>(p, at.tile(place.stage), chunk_of(half, k), boxes, tokens, at.landed(half), policy);
+                  load_chunk<C>(p, at.tile(place.stage), chunk_of(half, k), boxes, tokens, at.landed(half), l2);
               }
               mbarrier_wait(at.landed(half), landed_parity);
               landed_parity ^= 1;
@@ -191,7 +190,9 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
     if (warp >= kCopyWarps) {
       copy_q_of_pieces<C>(p, walk, at.q(), at.block(0), at.q_full(), at.q_free());
     } else {
-      const RingPlace<C> end = has_boxes(p) ? load_boxes_of_pieces(warp) : copy_rows_of_pieces();
+      const RingPlace<C> end = !has_boxes(p)       ? copy_rows_of_pieces()
+                               : walk.reads_once() ? load_boxes_of_pieces(warp, evicted_first())
+                                                   : load_boxes_of_pieces(warp, KeptInL2{});
       if (warp == 0 && walk.worker.pairs & kMergesFirst) load_other_partial(end);
     }
   } else {
@@ -409,7 +410,7 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float total = sum[half] + load_shared(at.row_sum(parity, warpgroup ^ 1, row + half * 8));
-        scale[half] = total == 0.f ? 0.f : 1.f / total;
+        scale[half] = total == 0.f ? 0.f : reciprocal_fast(total);
         lse2[half] = lse2_of(max[half], total);
       }
       const bool has_rows = warp * kFragmentRows < block.num_rows;

@@ -62,9 +62,8 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
     // Where a tile would begin whose chunk `chunk` is here.
     auto tile_at = [&](RingPlace<C> place, int chunk) { return at.chunk(place.slot) - chunk * kChunkBytes; };
 
-    auto load_boxes_of_pieces = [&] {
+    auto load_boxes_of_pieces = [&](auto l2) {
       RingPlace<C> place;
-      const L2Policy policy = l2_policy(walk.reads_once());
       int landed_parity = 0;
       while (walk.more()) {
         // With itself: the second one, which has nothing to do in a longer piece, must be no round of the ring ahead or behind, as
@@ -84,7 +83,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
               mbarrier_wait(at.free(of.slot), of.parity ^ 1);  // pairs with release(), a round before
               if (elect_lane()) {
                 mbarrier_arrive_expect(at.full(of.slot), kChunkBytes);
-                load_chunk<C>(p, tile_at(of, chunk), chunk, boxes, kTileTokens, at.full(of.slot), policy);
+                load_chunk<C>(p, tile_at(of, chunk), chunk, boxes, kTileTokens, at.full(of.slot), l2);
               }
             }
           } else if (warp == 0) {
@@ -98,7 +97,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
                 mbarrier_arrive_expect(at.landed(), L::k_chunks * box_bytes(p, tokens));
 #pragma unroll 1
                 for (int chunk = 0; chunk < L::k_chunks; ++chunk, of.advance(1))
-                  load_chunk<C>(p, tile_at(of, chunk), chunk, boxes, tokens, at.landed(), policy);
+                  load_chunk<C>(p, tile_at(of, chunk), chunk, boxes, tokens, at.landed(), l2);
               }
               mbarrier_wait(at.landed(), landed_parity);
               landed_parity ^= 1;
@@ -156,7 +155,8 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
 
     if (warp >= kCopyWarps) copy_q_of_pieces<C>(p, walk, at.q(), at.block(0), at.q_full(), at.q_free());
     else if (!has_boxes(p)) copy_rows_of_pieces();
-    else load_boxes_of_pieces();
+    else if (walk.reads_once()) load_boxes_of_pieces(evicted_first());
+    else load_boxes_of_pieces(KeptInL2{});
   } else {
     if (threadIdx.x == 0) at.init_mbarriers(has_boxes(p));
     named_barrier_arrive(kBegun, C::threads);  // pairs with the producer's wait

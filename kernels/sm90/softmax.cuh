@@ -7,8 +7,6 @@
 
 namespace mla::sm90 {
 
-// Of a row that has seen no token: finite, so that differences of two are, and below every logit.
-constexpr float kNoMax = -1e30f;
 // In base 2: P may be as large as 2^8 until O is rescaled; the row sum undoes it exactly.
 constexpr float kMaxGrowth = 8.f;
 

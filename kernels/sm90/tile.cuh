@@ -126,15 +126,15 @@ __device__ __forceinline__ Boxes all_boxes(const DecodeParams& p, Slot slot, int
   return boxes;
 }
 // The boxes of a chunk that begin in the tile's first `tokens`. The bytes count on `barrier`, which must expect box_bytes().
-template <class C>
+template <class C, class L2 = KeptInL2>
 __device__ __forceinline__ void load_chunk(const DecodeParams& p, uint32_t tile_at, int chunk, const Boxes& boxes,
-                                           int tokens, uint32_t barrier, const L2Policy& policy = {}) {
+                                           int tokens, uint32_t barrier, L2 l2 = {}) {
   const bool latent = chunk < TileLayout<C>::v_chunks;
 #pragma unroll
   for (int i = 0; i < kMaxBoxes; ++i) {
     if (i * p.box_rows >= tokens) break;
     tma_load_3d(tile_at + chunk * kChunkBytes + i * p.box_rows * kRowBytes, latent ? &p.latent_map : &p.rope_map,
-                latent ? chunk * kChunkColumns : 0, boxes.index[i], boxes.page[i], barrier, policy);
+                latent ? chunk * kChunkColumns : 0, boxes.index[i], boxes.page[i], barrier, l2);
   }
 }
 
