@@ -70,6 +70,25 @@ def test_the_built_in_constants_are_those_of_the_recorded_sweep(tmp_path: Path) 
     assert again == pytest.approx(prefill_costs.built_in().costs, rel=0.02)
 
 
+@in_repository
+def test_the_fit_moves_the_share_of_decode_to_where_the_choice_costs_least() -> None:
+    """By 2 % at most: what least squares leave undecided, as they do not see which is shorter."""
+    samples = [prefill_fit.sample(p, h200()) for p in prefill_points.read(SWEEP)]
+
+    def regret(costs: PrefillCosts) -> float:
+        return sum(
+            math.log(s.regret(costs, captured)) for s in samples for captured in (False, True)
+        )
+
+    best = prefill_costs.built_in().costs
+    off = best._replace(decode_factor=best.decode_factor * 1.02)
+    found = prefill_fit.balanced(off, samples)
+    assert regret(found) == pytest.approx(regret(best))
+    assert regret(found) < regret(off) / 2
+    assert found.decode_factor == pytest.approx(off.decode_factor, rel=0.021)
+    assert found._replace(decode_factor=0) == off._replace(decode_factor=0)
+
+
 class TestEstimate:
     def test_few_tokens_are_absorbed_and_many_expanded(self) -> None:
         for gpu in KNOWN:

@@ -29,9 +29,8 @@ __device__ __forceinline__ float* partial_lse2(const Params& p, uint32_t block_r
                                                uint32_t block_row) {
   return p.lse2_partial + ((1 + kColumnRuns) * slot * block_rows + block_row);
 }
-template <class Params>
-__device__ __forceinline__ float* run_lse2(const Params& p, uint32_t block_rows, uint32_t slot, uint32_t block_row,
-                                           uint32_t run) {
+__device__ __forceinline__ float* run_lse2(const DecodeParams& p, uint32_t block_rows, uint32_t slot,
+                                           uint32_t block_row, uint32_t run) {
   return partial_lse2(p, block_rows, slot, block_row + (1 + run) * block_rows);
 }
 
@@ -70,8 +69,7 @@ __device__ __forceinline__ uint2 four_columns(const uint32_t (&words)[4], int ha
   const uint32_t got = __shfl_xor_sync(0xffffffffu, odd ? left : right, 1);
   return odd ? make_uint2(got, right) : make_uint2(left, got);
 }
-template <class Params>
-__device__ __forceinline__ uint2* output_row(const Params& p, int request, int first_token, int row, int column) {
+__device__ __forceinline__ uint2* output_row(const DecodeParams& p, int request, int first_token, int row, int column) {
   const int token = divide(row, p.by_h_q), head = row - token * p.lengths.h_q;
   return reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.out) + request * p.out_strides.batch +
                                   (first_token + token) * p.out_strides.token + head * p.out_strides.head + column) +

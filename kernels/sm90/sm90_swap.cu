@@ -372,7 +372,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
         issue_values(last_slot, has_tile ? warpgroup : warpgroup ^ 1, own_half);
       }
 
-      // What is said of a row is reckoned by one lane, so that its code is there once: it is read for the first time here.
+      // What is said of a row is reckoned by one lane: these are fewer instructions, each of which all wait for.
       const int row = lane % rows;
       const float own_max = load_shared(at.row_max(parity, warpgroup, row));
       const float other_max = load_shared(at.row_max(parity, warpgroup ^ 1, row)), both_max = fmaxf(own_max, other_max);
