@@ -230,9 +230,12 @@ def test_no_bound_decides_a_comparison_as_well(image: str) -> None:
         assert not re.search(r"\bVIMNMX\S*\.RELU\S* R\w+, (?!PT,)U?P\w,", text), where
 
 
-def test_combine_asks_for_parts_right_behind_its_wait() -> None:
-    """It has divided and read the plan by then: who starts last holds up all."""
+def test_combine_waits_for_little() -> None:
+    """It has read the plan ahead of its wait, and asks for parts right behind it; it divides by
+    nothing but sums, and meets one barrier: who starts last holds up all."""
     for where, text in code("combine_sm90").items():
+        assert text.count("BAR.SYNC") == 1, where
+        assert "I2F" not in text, where  # of a division of integers
         if where[0] != "sm_90a":
             continue
         ahead, behind = text.split("ACQBULK")

@@ -45,8 +45,9 @@ class PieceWalk {
     if (more() && index == worker.end_piece - 1) told.pairs |= worker.pairs & kLeavesLast;
     return told;
   }
-  // Whether nobody else reads this KV, and it is much: then L2 need not keep it. With few tokens a worker that takes longer, 33.0 to 33.5
-  // -> 33.6 to 34.6 us at 16 requests of 4,096 tokens and 64 heads; but 564 -> 546 at 128 of 16,384 (measured, H200).
+  // Whether no two workers of the call read the same KV, and each reads much: then L2 need not keep it. The same for all of them, as what
+  // some keep leaves the others no gain. With few tokens a worker it takes longer: 33.0 to 33.5 -> 33.6 to 34.6 us at 16 requests of 4,096
+  // tokens and 64 heads, but 580 -> 561 at 128 of 16,384 (measured, H200: sm90_3wg.md).
   __device__ __forceinline__ bool reads_once() const {
     return worker.group_size == 1 && (units_per_group == 0 || units_per_group >= kManyTokens / kTileTokens);
   }
