@@ -162,7 +162,7 @@ constexpr int kFragmentRows = 16, kFragmentColumns = 16;
 // Launch shapes of the two small kernels, the first of which is one CTA; those of the pipelines are in variants.inc.
 constexpr int kPlanThreads = 512;
 // The combine kernel has two forms. The CTAs of the first one are on an SM in twos: where these have a warp for each task, they are faster
-// than more, which the SMs that are idle first would take (measured: DESIGN.md, decision 18). The second one is for more tasks.
+// than more (measured: DESIGN.md, decision 18). The second one is for more tasks.
 constexpr int kCombineThreads = 256, kFewCombineCtas = 2, kManyCombineCtas = 4;  // of a worker
 
 static_assert(sizeof(TensorMap) == 128);

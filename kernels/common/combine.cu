@@ -67,7 +67,7 @@ __device__ __forceinline__ void combine(const CombineParams& p, schedule::Shape 
   };
   // +0 is added as it may have been before: sums without parts are added where warps share them, and are not where they do not.
   auto scaled_pair = [](const RowState& state, float x, float y) {
-    const float scale = state.sum == 0.f ? 0.f : reciprocal_fast(state.sum);
+    const float scale = inverse_fast(state.sum);
     return pack2<T>(fmaf(x, scale, 0.f), fmaf(y, scale, 0.f));
   };
 

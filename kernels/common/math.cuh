@@ -37,6 +37,8 @@ __device__ __forceinline__ float reciprocal_fast(float x) {  // 1 ulp, no branch
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// What a row's O is to be multiplied by; 0 for a row that saw no token.
+__device__ __forceinline__ float inverse_fast(float sum) { return sum == 0.f ? 0.f : reciprocal_fast(sum); }
 
 // Over aligned runs of `Width` lanes; every lane gets the result.
 template <int Width>
@@ -52,6 +54,10 @@ __device__ __forceinline__ float lanes_sum(float x) {
   return x;
 }
 
+// Of a row's tokens: the sum of 2^(logit - max).
+struct RowState {
+  float max, sum;
+};
 // log2 of a row's sum of 2^logit, given its sum relative to 2^max; -inf for a row that saw no token.
 __device__ __forceinline__ float lse2_of(float max, float sum) { return sum == 0.f ? kNegInf : max + __log2f(sum); }
 

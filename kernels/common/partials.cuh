@@ -29,9 +29,11 @@ __device__ __forceinline__ float* partial_lse2(const Params& p, uint32_t block_r
                                                uint32_t block_row) {
   return p.lse2_partial + ((1 + kColumnRuns) * slot * block_rows + block_row);
 }
+// How far that of a run lies behind the row's own.
+__device__ __forceinline__ uint32_t run_rows(uint32_t block_rows, uint32_t run) { return (1 + run) * block_rows; }
 __device__ __forceinline__ float* run_lse2(const DecodeParams& p, uint32_t block_rows, uint32_t slot,
                                            uint32_t block_row, uint32_t run) {
-  return partial_lse2(p, block_rows, slot, block_row + (1 + run) * block_rows);
+  return partial_lse2(p, block_rows, slot, block_row + run_rows(block_rows, run));
 }
 
 // The power of two that a run is divided by; `sum`: of its absolute values, or more of them. What then is in the run is below 2^15, and

@@ -13,10 +13,6 @@ constexpr unsigned kChunkParts = 4;  // each lane of a quad knows what one of th
 constexpr unsigned kSums = 8;
 static_assert(kSums == kCombineWarps);
 
-// Of a row: parts whose sum is relative to 2^max.
-struct RowState {
-  float max, sum;
-};
 // What O of some parts and of others behind them is to be multiplied by, to be added; `state` becomes that of both.
 struct Factors {
   float before, behind;
@@ -56,15 +52,15 @@ __device__ __forceinline__ void add_chunk(Sum& sum, const CombineParams& p, unsi
                                           unsigned chunk) {
   const unsigned first = chunk * kChunkParts, own = first + threadIdx.x % 4;
   const int quad = threadIdx.x % 32 / 4;
-  // As if a partial result had 16 rows: others then have several, but for what lies between lse2 and that of a run of columns.
+  // As if a partial result had 16 rows: others are several, but for the way from a row's lse2 to that of a run.
   const float* lse2_at = partial_lse2(p, kFragmentRows, parts.begin_of(own), parts.row_tile * kFragmentRows + quad);
-  const unsigned run = parts.column_block / (DV / kFragmentColumns / kColumnRuns), run_rows = (1 + run) * block_rows;
+  const unsigned of_run = run_rows(block_rows, parts.column_block / (DV / kFragmentColumns / kColumnRuns));
   float lse2[2], weight[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const bool counts = own < parts.number && quad + half * 8 < parts.num_rows;
     lse2[half] = counts ? lse2_at[half * 8] : kNegInf;
-    weight[half] = counts ? lse2_at[half * 8 + run_rows] : kNegInf;
+    weight[half] = counts ? lse2_at[half * 8 + of_run] : kNegInf;
   }
   uint4 x[kChunkParts];
 #pragma unroll
@@ -141,7 +137,8 @@ __device__ __forceinline__ void add_kept(Sum& sum, const Kept<Places>& kept, uns
     for (int j = half * 2; j < 8; j += j % 2 ? 3 : 1) sum.o[j] = add(before[j], sum.o[j], factors);
   }
 }
-// Of one: of pair 0 and 2 of its columns that are in row g, of pairs 1 and 3 in row g + 8, which are the first and the next 8.
+// Of one: pairs 0 and 2 are two columns of row g, of the first 8 and the next, pairs 1 and 3 those of row g + 8; pair 4 is the state of row g,
+// 5 that of row g + 8.
 template <unsigned Places>
 __device__ __forceinline__ float2 kept_pair(const Kept<Places>& kept, unsigned place, unsigned pair) {
   return reinterpret_cast<const float2*>(&kept.words[pair / 2][place * 32 + threadIdx.x % 32])[pair % 2];

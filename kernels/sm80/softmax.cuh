@@ -6,10 +6,6 @@
 
 namespace mla::sm80 {
 
-struct RowState {
-  float max, sum;
-};
-
 template <class C>
 struct Softmax {
   using S = Shape<C>;

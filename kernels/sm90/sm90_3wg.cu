@@ -410,7 +410,7 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float total = sum[half] + load_shared(at.row_sum(parity, warpgroup ^ 1, row + half * 8));
-        scale[half] = total == 0.f ? 0.f : reciprocal_fast(total);
+        scale[half] = inverse_fast(total);
         lse2[half] = lse2_of(max[half], total);
       }
       const bool has_rows = warp * kFragmentRows < block.num_rows;

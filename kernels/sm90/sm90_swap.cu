@@ -383,7 +383,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
         sums[i / kWarpgroupWarps] += load_shared(
             at.row_sums(parity, (warpgroup ^ i / kWarpgroupWarps) * kWarpgroupWarps + i % kWarpgroupWarps, row));
       const float total = sum_of_both(sums[0], own_weight, sums[1], other_weight);
-      float row_scale = total == 0.f ? 0.f : reciprocal_fast(total), row_other = 0.f;
+      float row_scale = inverse_fast(total), row_other = 0.f;
       float lse2 = lse2_of(both_max, total);
       wait_for_values(own_half);               // if there are any in flight
       if (is_single && lane < L::half_chunks)  // pairs with the producer's wait, a round later
