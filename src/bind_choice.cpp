@@ -21,7 +21,7 @@ namespace {
 // The structs as Python's tuples of their fields.
 using CutFields = std::tuple<int32_t, int64_t, int64_t, int32_t, double, double, bool, double, double, double>;
 using ModelFields = std::tuple<int32_t, int32_t, double, double, double, double, double, double, double, double, double,
-                               double, double, double, double>;
+                               double, double, double, double, double>;
 
 template <class Struct, class Fields>
 Struct from_fields(const Fields& fields) {

@@ -1,10 +1,21 @@
 #include "cut.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "common/schedule.h"
 
 namespace mla {
+namespace {
+
+// Of cuts that are `range` units apart, those between two tiles of an item and not before its first one. They are at multiples of what
+// range and span have in common, at each as often.
+double share_between_tiles(int64_t range, int64_t span, int64_t overhead) {
+  const int64_t step = std::gcd(range, span);
+  return static_cast<double>(((span - 1) / step - overhead / step) * step) / static_cast<double>(span);
+}
+
+}  // namespace
 
 EqualCut cut_equal(int64_t num_requests, int64_t rows, int64_t length, int32_t block_rows, int32_t block_n,
                    int32_t num_workers) {
@@ -30,17 +41,18 @@ EqualCut cut_equal(int64_t num_requests, int64_t rows, int64_t length, int32_t b
   cut.filled_rows = static_cast<int32_t>(std::min<int64_t>(rows, block_rows));
   cut.long_items = tiles > 1;
   cut.busy = static_cast<double>(cuts.num_groups) * size / num_workers;
-  double pieces = 0;  // of items that are split
-  const double range = static_cast<double>(cuts.units_per_group);
+  double pieces = 0;          // of items that are split
   if (cuts.item_span == 0) {  // cuts fall anywhere
-    const double busy = static_cast<double>(units) / range, all = static_cast<double>(items);
-    cut.further_items = range / static_cast<double>(span);
-    cut.longest = range - static_cast<double>(overhead) * cut.further_items;
+    const double range = static_cast<double>(cuts.units_per_group), all = static_cast<double>(items);
+    const double busy = static_cast<double>(units) / range;
+    const double share = share_between_tiles(cuts.units_per_group, span, overhead), inside = share * (busy - 1);
+    cut.longest = range * static_cast<double>(tiles) / static_cast<double>(span);
+    cut.further_items = std::max(range / static_cast<double>(span) + share - 1, 0.0);
     cut.further_parts = std::max(busy / all, 1.0);
-    pieces = busy + std::min(all, busy);
+    pieces = inside + std::min(all, inside);
   } else if (cuts.overhead == 0) {  // on the ends of equal parts
     const int64_t parts = cuts.item_span / cuts.units_per_group;
-    cut.longest = range;
+    cut.longest = static_cast<double>(cuts.units_per_group);
     cut.further_parts = static_cast<double>(parts - 1);
     pieces = static_cast<double>(items * parts);
   } else {  // on the ends of items

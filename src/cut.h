@@ -5,7 +5,7 @@
 
 namespace mla {
 
-// Of the worker that has most, where that matters.
+// Of the worker that has most, or of the mean one where cuts fall anywhere.
 struct EqualCut {
   int32_t group_size;    // row blocks that read the same KV side by side
   int64_t kv_rows;       // read by groups

@@ -32,7 +32,7 @@ double overlapped(double a, double b) {
 }
 
 Times times_of(const Model& model, const EqualCut& cut) {
-  const double item_us = model.row_us * cut.filled_rows + (cut.long_items ? model.tiles_us : 0);
+  const double item_us = model.each_us + model.row_us * cut.filled_rows + (cut.long_items ? model.tiles_us : 0);
   Times times{};
   times.memory_us = static_cast<double>(cut.kv_rows) * model.read_us * l2_slows(cut.group_size) +
                     static_cast<double>(cut.query_rows) * model.query_us;

@@ -12,6 +12,7 @@ struct Model {
   int32_t block_rows, block_n;
   double start_us;
   double busy_us;        // where all workers have work, else less
+  double each_us;        // an item, whatever it has
   double row_us;         // a query row of an item
   double tiles_us;       // an item of more than one tile
   double item_us;        // a further item of a worker

@@ -95,8 +95,8 @@ def with_value(key: str, value: object) -> Callable[[dict[str, Any]], object]:
 
 
 MALFORMED: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "no format": (without("format"), r"format: got None, expected 3"),
-    "another format": (lambda c: c.update(format=1), r"format: got 1, expected 3"),
+    "no format": (without("format"), r"format: got None, expected 4"),
+    "another format": (lambda c: c.update(format=1), r"format: got 1, expected 4"),
     "other table": (lambda c: c.update(table="00"), r"table: got '00', expected '\w{8}'"),
     "no classes": (without("classes"), r"classes: got None, expected sm80"),
     "no GPU": (lambda c: c.update(gpu=3), r"gpu, sm_count: got 3, 132, expected a name"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
+import pytest
 from device_plan import Batch, host_schedule
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -49,6 +50,7 @@ TILES = sorted({(v.block_rows, v.block_n) for v in VARIANTS if not v.on_host})
 @example(b=256, h_q=16, s_q=1, length=1024, tile=(64, 64))  # whole items
 @example(b=90, h_q=20, s_q=1, length=3, tile=(16, 64))  # nothing is cut
 @example(b=10, h_q=128, s_q=7, length=3340, tile=(64, 64))  # groups of seven
+@example(b=165, h_q=8, s_q=4, length=107, tile=(64, 64))  # most cuts before an item's tokens
 def test_equal_lengths(b: int, h_q: int, s_q: int, length: int, tile: tuple[int, int]) -> None:
     block_rows, block_n = tile
     shape = (block_rows, block_n, False)
@@ -69,12 +71,19 @@ def test_equal_lengths(b: int, h_q: int, s_q: int, length: int, tile: tuple[int,
     if not split or most_pieces == 1:  # cuts fall on the ends of items or of parts
         assert found.longest == most_tiles * block_n
         assert found.further_items == most_pieces - 1
-    else:
-        # Of the mean worker; the busiest one may have an item's overhead less, and more tiles.
-        mean = found.longest / block_n
-        overhead = -(-_mla.ITEM_OVERHEAD_TOKENS // block_n)
-        assert mean - 1 <= most_tiles <= mean + overhead * found.further_items + 1
-        assert found.further_items - 1 <= most_pieces - 1 <= found.further_items + 2
+    else:  # of the mean group; the last one has less
+        first = [worker for worker in tiles if worker % schedule.group_size == 0]
+        mean_tiles = sum(tiles[worker] for worker in first) / len(first)
+        mean_pieces = sum(pieces[worker] for worker in first) / len(first)
+        assert 0.99 * mean_tiles <= found.longest / block_n <= 1.1 * mean_tiles
+        assert abs(found.further_items - (mean_pieces - 1)) < 0.5
+        partials = sum(
+            not (piece.starts and piece.ends)
+            for piece in schedule.pieces
+            if piece.worker % schedule.group_size == 0
+        )
+        of_bundle = min(s_q * h_q, schedule.group_size * block_rows)
+        assert found.partial_rows / of_bundle == pytest.approx(partials, rel=0.4, abs=4)
     bundles = -(-schedule.row_blocks(0) // schedule.group_size)
     assert found.kv_rows == b * bundles * length
     assert found.query_rows == b * s_q * h_q

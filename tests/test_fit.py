@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,17 @@ def test_constants_are_found_again() -> None:
         assert found.costs.start_us == pytest.approx(true[key].start_us, rel=0.05)
         for rows, rate in found.costs.tflops_per_sm.items():
             assert rate == pytest.approx(true[key].tflops_per_sm[rows], rel=0.1)
+
+
+def test_calls_may_take_less_in_a_smaller_pool() -> None:
+    assert H200 is not None
+    begin = dict(costs.of(H200).classes)
+    large = [replace(s, pool=2) for s in measured(begin, pipelines=("sm90_swap",))]
+    small = [replace(s, case_id=f"{s.case_id}, small", pool=1, us=s.us - 1.5) for s in large]
+    found = fit.fit(large + small, H200, begin)["sm90_swap.hopper"]
+    assert found.less_us == {1: pytest.approx(1.5, rel=0.05)}
+    assert found.rms < 0.01
+    assert found.costs.start_us == pytest.approx(begin["sm90_swap.hopper"].start_us, rel=0.01)
 
 
 def test_what_was_not_measured_stays() -> None:

@@ -14,11 +14,11 @@ from mla.device import by_name
 from test_bench import BENCHMARKS
 
 MEAN = 1.03  # of time over that of the fastest variant
+WORST = 1.10
 # Dispatch knows what a row of the block table reaches, or what the caller says that the longest
-# request has, not the lengths: three of the random cases of a single page miss 1.10, one of them
-# also where that is told, and one of many short requests in both ways.
-WORST = {"cases": 1.10, "random_cases": 1.15}
-MISSES = {False: 4, True: 2}  # of 1.10
+# request has, not the lengths: three of the random cases, a request of 1 to 14 tokens in a table of
+# one page of 96 or 128, miss it unless they are told.
+BLIND_WORST, BLIND_MISSES = 1.15, 3
 # Forced runs of one process: with others, times cannot be compared.
 RECORDED = {"cases": "cases.s*.json", "random_cases": "random_cases.s*.json"}
 
@@ -47,8 +47,13 @@ def test_choice_is_nearly_the_fastest(name: str, told: bool) -> None:
         assert chosen in measured, case_id
         ratios[case_id] = measured[chosen].us / min(sample.us for sample in measured.values())
     assert math.exp(sum(map(math.log, ratios.values())) / len(ratios)) < MEAN
-    assert {case_id: ratio for case_id, ratio in ratios.items() if ratio > WORST[name]} == {}
-    assert sum(ratio > 1.10 for ratio in ratios.values()) <= MISSES[told]
+    misses = {case_id: ratio for case_id, ratio in ratios.items() if ratio > WORST}
+    if name == "cases" or told:
+        assert misses == {}
+    else:
+        assert len(misses) <= BLIND_MISSES
+        assert max(misses.values(), default=1.0) < BLIND_WORST
+        assert all(s.problem.max_pages == 1 for case_id in misses for s in times[case_id].values())
 
 
 @in_repository

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from .variants import VARIANTS
 
-FORMAT = 3
+FORMAT = 4
 
 
 class Costs(NamedTuple):
@@ -19,6 +19,7 @@ class Costs(NamedTuple):
 
     start_us: float  # a call without work: launches, the first KV, one tile's chain, writing
     busy_us: float  # what it takes longer where all workers begin with it at once
+    height_us: float  # an item, for each row of its tile, whether a query row fills it or not
     row_us: float  # a query row of an item, into its tile and out of it
     tiles_us: float  # an item of more than one tile
     item_us: float  # each further item of a worker, beside its rows and tiles
@@ -28,7 +29,7 @@ class Costs(NamedTuple):
     merge_gbs: float  # partial results, written and read once
     bandwidth_gbs: float
     small_pages: float  # by this share reading takes longer where pages have at most 16 tokens
-    box_start_us: float  # what a call takes longer with pages that TMA has boxes for: their maps
+    box_us: float  # what an item takes longer with pages that TMA has boxes for: maps, first box
     copy_gbs_per_sm: float  # into shared memory, of pages that TMA has no boxes for; 0: no limit
     copy_start_us: float  # what a call takes longer with other pages
     shared_copy: float  # by this share copying takes longer where row blocks share KV
@@ -36,8 +37,8 @@ class Costs(NamedTuple):
 
 
 MAY_BE_ZERO = (
-    *("busy_us", "row_us", "tiles_us", "item_us", "split_us", "pair_us", "part_us"),
-    *("small_pages", "box_start_us", "copy_gbs_per_sm", "copy_start_us", "shared_copy"),
+    *("busy_us", "height_us", "row_us", "tiles_us", "item_us", "split_us", "pair_us", "part_us"),
+    *("small_pages", "box_us", "copy_gbs_per_sm", "copy_start_us", "shared_copy"),
 )
 
 

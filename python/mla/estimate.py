@@ -42,6 +42,7 @@ class Model(NamedTuple):
     block_n: int
     start_us: float
     busy_us: float  # where all workers have work, else less
+    each_us: float  # an item, whatever it has
     row_us: float  # a query row of an item
     tiles_us: float  # an item of more than one tile
     item_us: float  # a further item of a worker
@@ -85,7 +86,7 @@ def model_of(variant: Variant, kind: Kind, found: Costs) -> Model:
     slower = 1 + found.small_pages * (PAGE_OF_FULL_RATE / run - 1) / 3
     dims = (1 - FIXED_SHARE) * (kind.d_qk + kind.d_v) + FIXED_SHARE * MEASURED_DIMS
     tile_row_us = 2 * variant.block_rows * dims / (found.tflops_per_sm[variant.block_rows] * 1e6)
-    shared_row_us, start_us = tile_row_us, found.start_us + (found.box_start_us if boxes else 0.0)
+    shared_row_us, start_us = tile_row_us, found.start_us
     if found.copy_gbs_per_sm and not boxes:
         copy_us = kind.d_qk * size / (found.copy_gbs_per_sm * 1e3)
         tile_row_us = max(tile_row_us, copy_us)
@@ -97,6 +98,7 @@ def model_of(variant: Variant, kind: Kind, found: Costs) -> Model:
         block_n=variant.block_n,
         start_us=start_us,
         busy_us=found.busy_us,
+        each_us=found.height_us * variant.block_rows + (found.box_us if boxes else 0.0),
         row_us=found.row_us * columns / MEASURED_DIMS,
         tiles_us=found.tiles_us,
         item_us=found.item_us,

@@ -144,12 +144,17 @@ class CaseInputs:
     seq_lens: Tensor
 
 
+def pool_elements(cases: Iterable[Case]) -> int:
+    """Of the pool that all of them share."""
+    return max((case.num_pages * case.page_size * case.d_qk for case in cases), default=0)
+
+
 class CasePool:
     """One pool of random KV that serves every case: only tables and queries are made anew."""
 
     def __init__(self, cases: list[Case], device: torch.device):
         self._device = device
-        self._elements = max(case.num_pages * case.page_size * case.d_qk for case in cases)
+        self._elements = pool_elements(cases)
         self._generator = torch.Generator(device).manual_seed(0)
         self._data: dict[torch.dtype, Tensor] = {}
 

@@ -28,6 +28,7 @@ from .usage import UsageError
 # read at best, since a pipeline's own chain of steps can pass for it.
 HELD, BANDWIDTH_HELD = 0.01, 8.0
 READ_SHARE = 0.88  # of the published bandwidth
+LESS_US = 1.0  # of runs in a smaller pool than others: where the fit begins
 _MOST_STEPS = 60
 _STEP = 1e-4  # of a logarithm, where slopes are taken
 
@@ -38,6 +39,7 @@ class Fit:
 
     costs: Costs
     ratios: list[float]  # empty: nothing was measured, the constants are the prior's
+    less_us: dict[int, float]  # of runs in a smaller pool than others, by its elements
 
     @property
     def rms(self) -> float:
@@ -104,23 +106,36 @@ def fit(samples: Iterable[Sample], device: Device, priors: Mapping[str, Costs]) 
 def fit_class(samples: list[Sample], device: Device, prior: Costs) -> Fit:
     """Least squares of the logarithms of predicted over measured times (Levenberg-Marquardt).
 
-    The unknowns are the logarithms of the constants.
+    The unknowns are the logarithms of the constants, and of what calls take less in each pool that
+    is smaller than the largest: constants are for that one, as servers have large ones.
     """
     if not samples:
-        return Fit(prior, [])
-    origin = _logarithms(prior)
-    anchor = _logarithms(prior._replace(bandwidth_gbs=READ_SHARE * device.bandwidth))
+        return Fit(prior, [], {})
+    smaller = sorted({s.pool for s in samples})[:-1]
+    of_pools = torch.full((len(smaller),), LESS_US, dtype=torch.float64).log()
+    origin = torch.cat([_logarithms(prior), of_pools])
+    held_to = prior._replace(bandwidth_gbs=READ_SHARE * device.bandwidth)
+    anchor = torch.cat([_logarithms(held_to), of_pools])
     weights = torch.full_like(origin, HELD).sqrt()
     weights[anchor != origin] = math.sqrt(BANDWIDTH_HELD)
 
+    def unknowns(x: Tensor) -> tuple[Costs, dict[int, float]]:
+        constants = _constants(x[: len(x) - len(smaller)], prior)
+        return constants, dict(zip(smaller, x[len(x) - len(smaller) :].exp().tolist(), strict=True))
+
     def residuals(x: Tensor) -> Tensor:
-        predicted = predictor(device, _constants(x, prior))
-        ratios = [math.log(predicted(s.variant, s.known) / s.us) for s in samples]
+        constants, less_us = unknowns(x)
+        predicted = predictor(device, constants)
+        ratios = [
+            math.log(predicted(s.variant, s.known) / (s.us + less_us.get(s.pool, 0.0)))
+            for s in samples
+        ]
         return torch.cat([torch.tensor(ratios, dtype=x.dtype), weights * (x - anchor)])
 
     best = least_squares(residuals, origin)
     found = residuals(best)[: len(samples)]
-    return Fit(_constants(best, prior), found.exp().tolist())
+    constants, less_us = unknowns(best)
+    return Fit(constants, found.exp().tolist(), less_us)
 
 
 def _scalars(costs: Costs) -> dict[str, float]:
@@ -174,6 +189,9 @@ def fit_table(device: Device, fits: Mapping[str, Fit]) -> Table:
     for rows in sorted({rows for found in fits.values() for rows in found.costs.tflops_per_sm}):
         rates = (found.costs.tflops_per_sm.get(rows, 0.0) for found in fits.values())
         add(f"tflops_per_sm of {rows} rows", rates)
+    for pool in sorted({pool for found in fits.values() for pool in found.less_us}):
+        times = (found.less_us.get(pool, 0.0) for found in fits.values())
+        add(f"less in a pool of {pool / 1e9:.1f}e9 elements, us", times)
     add("runs", (len(found.ratios) for found in fits.values()))
     add("root mean square error", (found.rms for found in fits.values()))
     for name, pick in (("least predicted / measured", min), ("most", max)):

@@ -15,7 +15,7 @@ from mla.device import Device
 from mla.problem import Problem
 from mla.variants import VARIANTS, Variant
 
-from .cases import Case, load_cases, with_overrides
+from .cases import Case, load_cases, pool_elements, with_overrides
 from .usage import UsageError
 
 
@@ -29,6 +29,7 @@ class Sample:
     variant: Variant
     us: float
     longest: int | None = None  # KV tokens of a request
+    pool: int = 0  # elements of the pool that its pages are scattered over
 
     @property
     def known(self) -> Problem:
@@ -42,20 +43,21 @@ class Sample:
         return self.problem._replace(max_seq_len=longest)
 
 
-def sample(case: Case, variant: Variant, us: float) -> Sample:
+def sample(case: Case, variant: Variant, us: float, pool: int = 0) -> Sample:
     equal = len(set(case.seq_lens)) == 1
-    return Sample(case.id, case.problem(), equal, variant, us, max(case.seq_lens))
+    return Sample(case.id, case.problem(), equal, variant, us, max(case.seq_lens), pool)
 
 
 def read_runs(
     cases: Iterable[Path], results: Iterable[Path], dims: tuple[int, int] = (576, 512)
 ) -> list[Sample]:
     """Joins results with their cases by id. UsageError for a file that cannot be used."""
-    known = {
-        case.id: with_overrides(case, dims=dims, dtype=None, page_size=None)
-        for path in cases
-        for case in load_cases(path)
-    }
+    known: dict[str, tuple[Case, int]] = {}  # with the pool that all of its list were run in
+    for path in cases:
+        listed = [
+            with_overrides(case, dims=dims, dtype=None, page_size=None) for case in load_cases(path)
+        ]
+        known.update((case.id, (case, pool_elements(listed))) for case in listed)
     variants = {variant.name: variant for variant in VARIANTS}
     return [_sample(path, entry, known, variants) for path in results for entry in _entries(path)]
 
@@ -71,7 +73,10 @@ def _entries(path: Path) -> list[dict[str, Any]]:
 
 
 def _sample(
-    path: Path, entry: dict[str, Any], cases: dict[str, Case], variants: dict[str, Variant]
+    path: Path,
+    entry: dict[str, Any],
+    cases: dict[str, tuple[Case, int]],
+    variants: dict[str, Variant],
 ) -> Sample:
     try:
         case, name, us = entry["id"], entry["variant"], float(entry["us"])
@@ -81,7 +86,8 @@ def _sample(
         raise UsageError(f"{path}: {case} is in none of the files of cases")
     if name not in variants or variants[name].on_host or not us > 0:
         raise UsageError(f"{path}, {case}: got {us} us of {name!r}, expected a variant for GPUs")
-    return sample(cases[case], variants[name], us)
+    listed, pool = cases[case]
+    return sample(listed, variants[name], us, pool)
 
 
 _cut = lru_cache(maxsize=1 << 14)(_mla.cut)  # a fit asks for the same ones again and again
