@@ -63,12 +63,14 @@ struct alignas(16) Piece {
 };
 
 // What one CTA computes: pieces [first_piece, end_piece), of each the row block `member` of the bundle.
-struct alignas(16) PlanWorker {
+struct alignas(16) WorkerRange {
   int32_t first_piece, end_piece;
   int32_t member;
   int32_t pairs;       // of kMergesFirst and kLeavesLast
   int32_t group_size;  // as in PlanHeader
   int32_t reserved[3];
+};
+struct alignas(16) PlanWorker : WorkerRange {
   Piece last;  // a copy of the last piece, if there is any: who begins with it reads it with the rest
 };
 // An item in two pieces is a pair, where the pipeline merges pairs: the later group merges what the one before it left.
@@ -160,7 +162,7 @@ constexpr int kPartialBytes = 2, kColumnRuns = 8;
 constexpr int kFragmentRows = 16, kFragmentColumns = 16;
 
 // Launch shapes of the two small kernels, the first of which is one CTA; those of the pipelines are in variants.inc.
-constexpr int kPlanThreads = 512;
+constexpr int kPlanThreads = 512, kPlanThreadsOfFew = 384;
 // The combine kernel has two forms. The CTAs of the first one are on an SM in twos: where these have a warp for each task, they are faster
 // than more (measured: DESIGN.md, decision 18). The second one is for more tasks.
 constexpr int kCombineThreads = 256, kFewCombineCtas = 2, kManyCombineCtas = 4;  // of a worker

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "common/schedule.h"
+#include "common/plan_sizes.h"
 
 namespace mla {
 

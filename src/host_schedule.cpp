@@ -68,7 +68,7 @@ HostPlan make_plan(const Lengths& lengths, Shape shape, int32_t num_workers) {
       const Item<int64_t> first = item_of_unit(begin), last = item_of_unit(end - 1);
       range.first_piece = write_piece(first, g);
       range.end_piece = write_piece(last, g) + 1;
-      range.pairs = pairs_of(first, last, shape, cuts, g);
+      range.pairs = pairs_of(first, kFirstUnit, shape, cuts, g) | pairs_of(last, kLastUnit, shape, cuts, g);
       range.last = plan.pieces[static_cast<size_t>(range.end_piece) - 1];
       SplitItem split;
       if (range.member == 0 && make_split(last, shape, cuts, g, split)) plan.splits.push_back(split);

@@ -30,6 +30,9 @@ const Kernel& common_kernel(const char* name, const char* entry, int device) {
 const Kernel& plan_kernel(bool small, bool ragged, int device) {
   return common_kernel("plan", kPlanEntries[small][ragged], device);
 }
+const Kernel& plan_kernel_of_few(bool ragged, int device) {
+  return common_kernel("plan", kPlanOfFewEntries[ragged], device);
+}
 const Kernel& plan_parts_kernel(bool small, int device) {
   return common_kernel("plan_parts", kPlanPartsEntries[small], device);
 }
@@ -81,15 +84,18 @@ struct PlanArguments {
 void add_plan(const Variant& variant, const DecodeParams& params, int device, PlanArguments& arguments, Chain& chain) {
   const Lengths& lengths = params.lengths;
   const schedule::Shape shape = arguments.shape = shape_of(variant);
-  const auto add = [&](const Kernel& kernel, const auto&... limits) {
-    chain.add(make_launch(kernel, 1, kPlanThreads, Start::after_kernel_before, lengths, arguments.shape,
-                          params.num_workers, params.plan, limits...));
+  const auto add = [&](const Kernel& kernel, unsigned threads, const auto&... limits) {
+    chain.add(make_launch(kernel, 1, threads, Start::after_kernel_before, lengths, arguments.shape, params.num_workers,
+                          params.plan, limits...));
   };
+  const bool ragged = lengths.cu_seqlens_q != nullptr;
   if (params.batch_invariant) {
     arguments.limits = parts::limits_of(lengths, shape);
-    add(plan_parts_kernel(parts::is_small(lengths, shape), device), arguments.limits);
+    add(plan_parts_kernel(parts::is_small(lengths, shape, params.num_workers), device), kPlanThreads, arguments.limits);
+  } else if (schedule::is_few(lengths, shape, params.num_workers)) {
+    add(plan_kernel_of_few(ragged, device), kPlanThreadsOfFew);
   } else {
-    add(plan_kernel(schedule::is_small(lengths, shape), lengths.cu_seqlens_q != nullptr, device));
+    add(plan_kernel(schedule::is_small(lengths, shape, params.num_workers), ragged, device), kPlanThreads);
   }
 }
 
@@ -129,6 +135,7 @@ void launch_decode(const Variant& variant, Dtype dtype, const DecodeParams& give
 
 void preload(const Variant& variant, int device) {
   const ContextGuard guard(device);
+  for (const bool ragged : {false, true}) load_now(plan_kernel_of_few(ragged, device));
   for (const bool small : {false, true}) {
     for (const bool ragged : {false, true}) load_now(plan_kernel(small, ragged, device));
     load_now(plan_parts_kernel(small, device));

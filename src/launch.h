@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "common/schedule.h"
+#include "common/plan_sizes.h"
 #include "registry.h"
 
 namespace mla {

@@ -50,6 +50,7 @@ const std::string& decode_entry(const Variant& variant, Dtype dtype);
 const std::string& combine_entry(const Variant& variant, Dtype dtype, bool few_tasks);
 constexpr const char* kPlanEntries[2][2] = {{"mla_plan_large", "mla_plan_large_ragged"},
                                             {"mla_plan_small", "mla_plan_small_ragged"}};  // [is_small][ragged]
+constexpr const char* kPlanOfFewEntries[2] = {"mla_plan_few", "mla_plan_few_ragged"};
 constexpr const char* kPlanPartsEntries[2] = {"mla_plan_parts_large", "mla_plan_parts_small"};
 
 }  // namespace mla

@@ -81,17 +81,19 @@ bool run_warp(int warp, bool backward) {
   }
 }
 
-// Runs the kernel in all threads.
-void run(void (*entry)(), bool backward) {
+// Runs the kernel in the first threads, whole warps.
+void run(void (*entry)(), bool backward, int threads = kThreads) {
   kernel = entry;
-  all_threads = {kThreads, 0, 0};
+  all_threads = {threads, 0, 0};
   warps.fill({32, 0, 0});
-  for (Fiber& fiber : fibers) {
+  for (int i = 0; i < kThreads; ++i) {
+    Fiber& fiber = fibers[static_cast<size_t>(i)];
+    fiber.done = i >= threads;
+    if (fiber.done) continue;
     getcontext(&fiber.context);
     fiber.context.uc_stack.ss_sp = fiber.stack.data();
     fiber.context.uc_stack.ss_size = fiber.stack.size();
     makecontext(&fiber.context, run_fiber, 0);
-    fiber.done = false;
   }
   for (bool any = true; any;) {
     any = false;

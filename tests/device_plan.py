@@ -114,8 +114,8 @@ def batches() -> list[Batch]:
         Batch([3] * 2000 + [1_000_000] + [3] * 2095),
         Batch([1] * 4096, h_q=128),
     ]
-    for _ in range(60):
-        b = rng.choice((1, 2, 5, 33, 300))
+    for _ in range(120):
+        b = rng.choice((1, 2, 5, 17, 33, 100, 128, 300))
         longest = rng.choice((70, 1000, 20_000))
         lens = [rng.choice((0, 1, longest, rng.randint(0, longest))) for _ in range(b)]
         q_lens = rng.choice((rng.randint(1, 9), [rng.choice((0, 1, 2, 5, 40)) for _ in range(b)]))
@@ -124,7 +124,7 @@ def batches() -> list[Batch]:
                 lens,
                 q_lens,
                 h_q=rng.choice((1, 5, 16, 40, 128)),
-                max_len=rng.choice((2**31 - 1, 777)),
+                max_len=rng.choice((2**31 - 1, 2**17, 2**17, 777)),
             )
         )
     return found

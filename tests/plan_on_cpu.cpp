@@ -5,18 +5,27 @@
 
 // 64 threads, not as many as on the device: the same code, and batches of a few hundred requests take several rounds of it.
 #define kPlanThreads kPlanThreadsOfTheDevice
+#define kPlanThreadsOfFew kPlanThreadsOfFewOfTheDevice
 #include "params.h"
 #undef kPlanThreads
+#undef kPlanThreadsOfFew
 namespace mla {
 constexpr int kPlanThreads = 64;
-}
-#define CTA_THREADS mla::kPlanThreads
+constexpr int kPlanThreadsOfFew = 192;  // the fewest
+}  // namespace mla
+#define CTA_THREADS mla::kPlanThreadsOfFew
 #include "cta_on_cpu.h"
 
 template <class T>
 T __shfl_up_sync(uint32_t mask, T value, int lanes) {
   return cta::shuffle(mask, value, cta::current % 32 < lanes ? cta::current : cta::current - lanes);
 }
+template <class T>
+T __shfl_sync(uint32_t mask, T value, int lane) {
+  return cta::shuffle(mask, value, cta::current / 32 * 32 + lane);
+}
+void __syncwarp() { cta::wait(cta::warps[static_cast<size_t>(cta::current / 32)]); }
+int __popc(uint32_t x) { return __builtin_popcount(x); }
 int __clz(uint32_t x) { return x ? __builtin_clz(x) : 32; }
 template <class T, class Operation>
 T reduce(uint32_t mask, T value, Operation operation) {
@@ -93,23 +102,27 @@ int main() {
                                                 : mla::schedule::plan_bytes(lengths, shape, sizes.num_workers);
     plan = static_cast<mla::PlanHeader*>(std::malloc(static_cast<size_t>(bytes)));
     std::memset(static_cast<void*>(plan), 0x7f, static_cast<size_t>(bytes));
+    const bool of_few =
+        !sizes.batch_invariant && !sizes.large && mla::schedule::is_few(lengths, shape, sizes.num_workers);
     cta::run(
         [] {
           const mla::schedule::Shape shape{sizes.block_rows, sizes.block_n, sizes.merges_pairs};
           const int32_t workers = sizes.num_workers;
           if (sizes.batch_invariant) {
-            const bool small = !sizes.large && mla::parts::is_small(lengths, shape);
+            const bool small = !sizes.large && mla::parts::is_small(lengths, shape, sizes.num_workers);
             const auto make = small ? mla_plan_parts_small : mla_plan_parts_large;
             make(lengths, shape, workers, plan, mla::parts::limits_of(lengths, shape));
           } else {
-            const bool small = !sizes.large && mla::schedule::is_small(lengths, shape);
-            const auto make = small          ? sizes.ragged ? mla_plan_small_ragged : mla_plan_small
+            const bool small = !sizes.large && mla::schedule::is_small(lengths, shape, sizes.num_workers);
+            const bool few = !sizes.large && mla::schedule::is_few(lengths, shape, sizes.num_workers);
+            const auto make = few            ? sizes.ragged ? mla_plan_few_ragged : mla_plan_few
+                              : small        ? sizes.ragged ? mla_plan_small_ragged : mla_plan_small
                               : sizes.ragged ? mla_plan_large_ragged
                                              : mla_plan_large;
             make(lengths, shape, workers, plan);
           }
         },
-        sizes.backward != 0);
+        sizes.backward != 0, of_few ? mla::kPlanThreadsOfFew : mla::kPlanThreads);
     std::fwrite(&bytes, sizeof(bytes), 1, stdout);
     std::fwrite(plan, 1, static_cast<size_t>(bytes), stdout);
     std::fflush(stdout);

@@ -175,10 +175,11 @@ def test_plan_is_one_launch(run: Any, variant: dict[str, Any], batch_invariant: 
 @pytest.mark.parametrize(
     ("requests", "h_q", "max_len", "size"),
     [
-        (128, 128, 2**17, "small"),
+        (128, 128, 2**17, "few"),
+        (129, 128, 2**17, "small"),
         (4096, 16, 2**17, "small"),
         (4097, 16, 2**17, "large"),  # more than are searched in shared memory
-        (128, 128, 2**31 - 1, "large"),  # units that 32 bits may not hold
+        (4096, 128, 2**17, "large"),  # too many units
     ],
 )
 def test_planners_of_small_batches_plan_small_batches(
@@ -186,14 +187,16 @@ def test_planners_of_small_batches_plan_small_batches(
 ) -> None:
     script = f"""{FILL}
 p.num_requests, p.s_q, p.total_q, p.h_q, p.max_len = {requests}, 1, 1, {h_q}, {max_len}
-p.cu_seqlens_q = {int(ragged)}
+p.cu_seqlens_q, p.num_workers = {int(ragged)}, 132
 for p.batch_invariant in (0, 1):
     _mla.launch_plan("sm90_3wg_r64_n64_s2_d576", p, 0, 0)
 """
     plan, parts = run(script).named("launch")
-    assert plan["kernel"] == f"mla_plan_{size}" + ("_ragged" if ragged else "")
+    assert plan["kernel"] == f"mla_plan_{size}" + "_ragged" * ragged
+    assert plan["block"] == (384 if size == "few" else 512)
     # Which keeps more of each request in shared memory.
-    assert parts["kernel"] == f"mla_plan_parts_{size if requests <= 2048 else 'large'}"
+    is_small = size != "large" and requests <= 2048
+    assert parts["kernel"] == f"mla_plan_parts_{'small' if is_small else 'large'}"
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,8 @@ def entry_points(image: str) -> set[str]:
     if image.startswith("plan_parts"):
         return {"mla_plan_parts_small", "mla_plan_parts_large"}
     if image.startswith("plan"):
-        return {f"mla_plan_{size}{q}" for size in ("small", "large") for q in ("", "_ragged")}
+        sizes = ("few", "small", "large")
+        return {f"mla_plan_{size}{q}" for size in sizes for q in ("", "_ragged")}
     if image.startswith("combine"):
         return {
             f"mla_combine_{t}_v{d_v}_{tasks}"

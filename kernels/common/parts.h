@@ -8,15 +8,15 @@
 // The arithmetic is here, for the host and the device alike; plan_parts.cu runs it on the device, the tests on the host.
 #pragma once
 
-#include "schedule.h"
+#include "plan_sizes.h"
 
 namespace mla::parts {
 
 using schedule::blocks_of;
-using schedule::ceil_div;
 using schedule::clamp;
 using schedule::log2_of;
 using schedule::quotient;
+using schedule::quotient_of_units;
 using schedule::Request;
 using schedule::Shape;
 
@@ -69,10 +69,10 @@ MLA_HD Cut make_cut(const Request& r, Shape shape) {
     return cut;
   }
   cut.long_tiles = static_cast<int32_t>(tokens >> log2_of(shape.block_n));
-  cut.long_parts = quotient(cut.tiles - cut.long_tiles * 3 / 8, cut.long_tiles);
+  cut.long_parts = quotient_of_units(cut.tiles - cut.long_tiles * 3 / 8, cut.long_tiles);  // a few
   const int32_t rest = cut.tiles - cut.long_parts * cut.long_tiles;  // from 3/8 of a long part up to 11/8
   cut.short_parts = rest > cut.long_tiles ? 2 : 1;
-  cut.short_tiles = ceil_div(rest, 2 * cut.short_parts) * 2;
+  cut.short_tiles = blocks_of(rest, 2 * cut.short_parts) * 2;
   return cut;
 }
 
@@ -117,7 +117,7 @@ MLA_HD int32_t largest_of(const Cut& cut) { return cut.long_parts > 0 ? cut.long
 // they come as requests do.
 constexpr int kNumClasses = 8;
 MLA_HD int32_t class_of(int32_t tiles, int32_t largest) {
-  return tiles == largest ? 0 : 1 + quotient((largest - tiles) * (kNumClasses - 1), largest);
+  return tiles == largest ? 0 : 1 + quotient_of_units((largest - tiles) * (kNumClasses - 1), largest);
 }
 
 // What the group size is chosen by.
@@ -158,9 +158,9 @@ struct Deal {
 
 // As schedule::is_small. What is small here keeps the planner's own in shared memory, too.
 constexpr int kSmallBatch = 2048;
-inline bool is_small(const Lengths& lengths, Shape shape) {
+inline bool is_small(const Lengths& lengths, Shape shape, int32_t num_workers) {
   const int64_t overheads = (kMaxParts + 1) * blocks_of(kPartOverheadTokens, shape.block_n);
-  return lengths.num_requests <= kSmallBatch && schedule::units_are_few(lengths, shape, overheads);
+  return lengths.num_requests <= kSmallBatch && schedule::units_are_few(lengths, shape, num_workers, overheads);
 }
 
 // What the planner keeps of each request, in shared memory or behind the splits; [num_requests] each.

@@ -3,11 +3,10 @@
 //
 // Threads that do everything once spend their time on instructions that wait for one another, fetched for the first time. So there are
 // few: one read of the lengths, one barrier for all sums, one for what is searched, one for the number of splits; what is independent is
-// done by different warps; and there is an entry point for each case of `is_small` and of uniform or ragged queries, without what that
-// case does not need.
+// done by different warps; and there is an entry point for each case of `is_few`, `is_small` and of uniform or ragged queries, without
+// what that case does not need.
 
-#include "cta_sums.cuh"
-#include "dependent.cuh"
+#include "plan_few.cuh"
 
 namespace mla {
 
@@ -28,17 +27,10 @@ __device__ __forceinline__ Extremes of_warp(const Extremes& x) {
           __reduce_max_sync(kAllLanes, x.most_units)};
 }
 
-// What lies on the line of all items before a request, or in all.
-template <class Unit>
-struct Line {
-  Unit items, units;
-};
-
 template <bool Small, bool Ragged>
 __device__ __forceinline__ void make_plan(const Lengths& given, schedule::Shape shape, int32_t num_workers,
                                           PlanHeader* out) {
   using Unit = std::conditional_t<Small, int32_t, int64_t>;
-  using Item = schedule::Item<Unit>;
   __shared__ Extremes extremes_of_warps[kPlanWarps];
   __shared__ Unit units_of_warps[kPlanWarps][1], line_of_warps[kPlanWarps][2];
   __shared__ Unit units_of_group_size[schedule::kMaxGroupSize];
@@ -73,11 +65,12 @@ __device__ __forceinline__ void make_plan(const Lengths& given, schedule::Shape 
                         [&](const schedule::Request& request) { return schedule::item_units(request, shape); });
 
   // What lies before the thread's first request.
-  const int32_t bundles = schedule::bundles(all.row_blocks, group_size);  // of each request, if the query is uniform
+  const int32_t bundles =
+      schedule::bundles<Unit>(all.row_blocks, group_size);  // of each request, if the query is uniform
   Line<Unit> before, total;
   auto add_request = [&](int32_t i, Line<Unit>& to) {
     const schedule::Request request = schedule::request_at(lengths, shape, i);
-    const Unit items = schedule::bundles(request.row_blocks, group_size);
+    const Unit items = schedule::bundles<Unit>(request.row_blocks, group_size);
     to.items += items;
     to.units += items * schedule::item_units(request, shape);
   };
@@ -100,106 +93,45 @@ __device__ __forceinline__ void make_plan(const Lengths& given, schedule::Shape 
   // Where each request begins on the line, and the number of its first item.
   const schedule::PlanView plan = schedule::view(out, num_workers);
   const int32_t max_pieces = static_cast<int32_t>(schedule::max_pieces(lengths, shape, num_workers));
-  SplitItem* splits = reinterpret_cast<SplitItem*>(plan.pieces + max_pieces);
-  Unit* first_unit;
-  int32_t* first_item;
-  if constexpr (Small) {
-    __shared__ Unit units_near[schedule::kSmallBatch];
-    __shared__ int32_t items_near[Ragged ? schedule::kSmallBatch : 1];
-    first_unit = units_near;
-    first_item = items_near;
-  } else {
-    first_unit = schedule::first_unit_of(splits, num_workers);
-    first_item = schedule::first_item_of(splits, num_workers, num_requests);
-  }
-  MLA_ROLLED
-  for (int32_t i = first; i < end; ++i) {
-    if (i > first) add_request(i - 1, before);
-    first_unit[i] = cuts.item_span > 0 ? before.items * cuts.item_span : before.units;
-    if (Ragged) first_item[i] = static_cast<int32_t>(min(before.items, Unit{max_pieces}));
-  }
-  __syncthreads();  // first_unit and first_item are complete
-
-  auto first_item_of = [&](int32_t request) { return Ragged ? first_item[request] : request * bundles; };
-  auto item_at = [&](int32_t request, Unit unit) {
-    return schedule::item_at(lengths, shape, cuts, first_unit[request], request, unit);
-  };
-  auto number_of = [&](const Item& item, int32_t g) { return Unit{first_item_of(item.request)} + item.bundle + g; };
-  auto end_of_group = [&](int32_t g) { return min((g + 1) * cuts.units_per_group, total.units); };
-  // Requests whose query tokens overlap can make more pieces than there is room for: groups with such pieces are left out. Nobody waits
-  // for what they would have left, as those behind them are left out too.
-  auto has_room = [&](Unit number) { return !Ragged || number < max_pieces; };
-
-  auto write_worker = [&](int32_t worker) {
-    const int32_t g = schedule::groups_of(worker, group_size);
-    PlanWorker range{};
-    range.member = worker - g * group_size;
-    range.group_size = group_size;
-    if (g < cuts.num_groups) {
-      const Unit ends[2] = {g * cuts.units_per_group, end_of_group(g) - 1};
-      int32_t requests[2];
-      schedule::last_not_above(first_unit, num_requests, ends, requests);
-      const Item item = item_at(requests[0], ends[0]), last = item_at(requests[1], ends[1]);
-      const Unit first_number = number_of(item, g), last_number = number_of(last, g);
-      if (has_room(last_number)) {
-        range.first_piece = static_cast<int32_t>(first_number);
-        range.end_piece = static_cast<int32_t>(last_number) + 1;
-        range.pairs = schedule::pairs_of(item, last, shape, cuts, g);
-        if (Ragged && range.pairs & kLeavesLast && !has_room(total.items + cuts.num_groups)) {
-          // Nothing is left for a group that is left out: its flag would stay up.
-          const Unit unit = end_of_group(g + 1) - 1;
-          const int32_t request = schedule::last_not_above(first_unit, num_requests, unit);
-          if (!has_room(number_of(item_at(request, unit), g + 1))) range.pairs &= ~kLeavesLast;
-        }
-        range.last = schedule::make_piece(last, shape, cuts, g);
-      }
+  const auto write_plan = [&](auto first_unit, auto first_item) {
+    MLA_ROLLED
+    for (int32_t i = first; i < end; ++i) {
+      if (i > first) add_request(i - 1, before);
+      first_unit.set(i, cuts.item_span > 0 ? before.items * cuts.item_span : before.units);
+      if (Ragged) first_item.set(i, static_cast<int32_t>(min(before.items, Unit{max_pieces})));
     }
-    plan.workers[worker] = range;
+    __syncthreads();  // first_unit and first_item are complete
+    const Tasks<Unit, Ragged, decltype(first_unit), decltype(first_item)> tasks{
+        lengths, shape, num_workers, cuts, total.items, total.units, bundles, max_pieces, plan, first_unit, first_item};
+    tasks.write(thread, kPlanThreads, [&](const schedule::Item<Unit>& item, int32_t g) {
+      SplitItem split;
+      // In any order: it changes which CTA combines an item, not what it computes.
+      if (schedule::make_split(item, shape, cuts, g - 1, split)) tasks.splits()[atomicAdd(&num_splits, 1)] = split;
+    });
+    __syncthreads();  // num_splits is complete
+    if (thread == 0) tasks.write_header(num_splits);
   };
-  // The piece with which group `g` continues an item, and the split of an item that began in the group before.
-  auto write_continued = [&](int32_t g) {
-    const Unit begin = g * cuts.units_per_group;
-    const Item item = item_at(schedule::last_not_above(first_unit, num_requests, begin), begin);
-    if (item.begin == begin) return;
-    const Unit number = number_of(item, g);
-    if (has_room(number)) plan.pieces[number] = schedule::make_piece(item, shape, cuts, g);
-    SplitItem split;
-    // In any order: it changes which CTA combines an item, not what it computes.
-    if (schedule::make_split(item, shape, cuts, g - 1, split)) splits[atomicAdd(&num_splits, 1)] = split;
-  };
-  // The first piece of an item.
-  auto write_begun = [&](int32_t number) {
-    int32_t request = number;
-    if (Ragged) request = schedule::last_not_above(first_item, num_requests, number);
-    else if (bundles > 1) request = schedule::quotient(number, bundles);
-    const Item item = schedule::make_item(schedule::request_at(lengths, shape, request), shape, cuts,
-                                          first_unit[request], request, Unit{number - first_item_of(request)});
-    const int32_t g = static_cast<int32_t>(schedule::quotient(item.begin, cuts.units_per_group));
-    if (has_room(Unit{number} + g)) plan.pieces[number + g] = schedule::make_piece(item, shape, cuts, g);
-  };
-  // Side by side, by different warps.
-  const int32_t num_items = static_cast<int32_t>(Ragged ? min(total.items, Unit{max_pieces}) : total.items);
-  const int32_t first_group = schedule::blocks_of(num_workers, 32) * 32;
-  const int32_t first_begun = first_group + schedule::blocks_of(cuts.num_groups, 32) * 32;
-  MLA_ROLLED
-  for (int32_t task = thread; task < first_begun + num_items; task += kPlanThreads) {
-    if (task >= first_begun) write_begun(task - first_begun);
-    else if (task >= first_group && task - first_group < cuts.num_groups) write_continued(task - first_group);
-    else if (task < num_workers) write_worker(task);
+  if constexpr (Small) {
+    __shared__ int32_t units_near[schedule::kSmallBatch], items_near[Ragged ? schedule::kSmallBatch : 1];
+    write_plan(SharedNumbers{units_near}, SharedNumbers{items_near});
+  } else {
+    SplitItem* splits = reinterpret_cast<SplitItem*>(plan.pieces + max_pieces);
+    write_plan(Numbers<Unit>{schedule::first_unit_of(splits, num_workers)},
+               Numbers<int32_t>{schedule::first_item_of(splits, num_workers, num_requests)});
   }
-  __syncthreads();  // num_splits is complete
-  if (thread == 0) *plan.header = schedule::make_header(cuts, schedule::splits_at(max_pieces, num_workers), num_splits);
 }
 
 }  // namespace mla
 
-#define MLA_PLAN(name, Small, Ragged)                                                                        \
-  extern "C" __global__ void __launch_bounds__(mla::kPlanThreads, 1)                                         \
+#define MLA_PLAN(name, threads, make_plan)                                                                   \
+  extern "C" __global__ void __launch_bounds__(threads, 1)                                                   \
       name(const __grid_constant__ mla::Lengths lengths, const __grid_constant__ mla::schedule::Shape shape, \
            int32_t num_workers, mla::PlanHeader* out) {                                                      \
-    mla::make_plan<Small, Ragged>(lengths, shape, num_workers, out);                                         \
+    make_plan(lengths, shape, num_workers, out);                                                             \
   }
-MLA_PLAN(mla_plan_small, true, false)
-MLA_PLAN(mla_plan_small_ragged, true, true)
-MLA_PLAN(mla_plan_large, false, false)
-MLA_PLAN(mla_plan_large_ragged, false, true)
+MLA_PLAN(mla_plan_few, mla::kPlanThreadsOfFew, mla::make_plan_of_few<false>)
+MLA_PLAN(mla_plan_few_ragged, mla::kPlanThreadsOfFew, mla::make_plan_of_few<true>)
+MLA_PLAN(mla_plan_small, mla::kPlanThreads, (mla::make_plan<true, false>))
+MLA_PLAN(mla_plan_small_ragged, mla::kPlanThreads, (mla::make_plan<true, true>))
+MLA_PLAN(mla_plan_large, mla::kPlanThreads, (mla::make_plan<false, false>))
+MLA_PLAN(mla_plan_large_ragged, mla::kPlanThreads, (mla::make_plan<false, true>))

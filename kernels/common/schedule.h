@@ -27,19 +27,8 @@ MLA_HD int32_t overhead_units(Shape shape) { return blocks_of(kItemOverheadToken
 
 // Of one item. A request without KV still has one unit of work: writing its zeros.
 MLA_HD int32_t item_tiles(int32_t len, Shape shape) { return len > 0 ? blocks_of(len, shape.block_n) : 1; }
-MLA_HD int32_t item_units(const Request& r, Shape shape) { return overhead_units(shape) + item_tiles(r.len, shape); }
-
-// The device plans small batches with units of 32 bits, as it has no 64-bit division, and searches them in shared memory.
-constexpr int kSmallBatch = 4096;
-// Whether they are at most 2^28, if an item has `overhead` of them beside its tiles: sums that occur are less than eight times as many.
-inline bool units_are_few(const Lengths& lengths, Shape shape, int64_t overhead) {
-  const int32_t tokens = lengths.cu_seqlens_q ? lengths.total_q : lengths.s_q;
-  const double items = static_cast<double>(lengths.num_requests) * row_blocks_of(lengths, shape, tokens);
-  return items * static_cast<double>(overhead + item_tiles(max_len_of(lengths), shape)) <= 1 << 28;
-}
-inline bool is_small(const Lengths& lengths, Shape shape) {
-  return lengths.num_requests <= kSmallBatch && units_are_few(lengths, shape, overhead_units(shape));
-}
+MLA_HD int32_t item_units(int32_t len, Shape shape) { return overhead_units(shape) + item_tiles(len, shape); }
+MLA_HD int32_t item_units(const Request& r, Shape shape) { return item_units(r.len, shape); }
 
 // Of a batch whose longest item has so many units.
 MLA_HD int32_t least_tiles(int32_t most_units, Shape shape) {
@@ -53,9 +42,8 @@ MLA_HD int32_t least_tiles(int32_t most_units, Shape shape) {
   return blocks_of(least, shape.block_n);
 }
 // Its range, which may hold an item's overhead, is at least this long: no range is overhead alone.
-MLA_HD int32_t least_range(int32_t most_units, Shape shape) {
-  const int32_t tiles = least_tiles(most_units, shape), overhead = overhead_units(shape);
-  return tiles > overhead ? tiles : overhead + 1;
+MLA_HD int32_t least_range(int32_t least_tiles, int32_t overhead) {
+  return least_tiles > overhead ? least_tiles : overhead + 1;
 }
 
 // Of a batch.
@@ -82,24 +70,25 @@ MLA_HD Cuts<Unit> make_cuts(const Items<Unit>& items, Shape shape, int32_t group
   cuts.group_size = group_size;
   cuts.overhead = overhead_units(shape);
   const Unit groups = groups_of(num_workers, group_size);
-  const Unit least = least_range(items.most_units, shape);
+  const int32_t least_of_group = least_tiles(items.most_units, shape);
+  const Unit least = least_range(least_of_group, cuts.overhead);
   if (items.most_units <= least && items.number > 0 && items.number <= groups) {
     cuts.units_per_group = cuts.item_span = items.most_units;
     cuts.num_groups = static_cast<int32_t>(items.number);
     return cuts;
   }
-  const Unit even = ceil_div(items.units, groups);
+  const Unit even = ceil_div_of_units(items.units, groups);
   cuts.units_per_group = even > least ? even : least;
   if (items.least_units == items.most_units) {
     const Unit tiles = items.most_units - cuts.overhead;
-    const Unit of_group = ceil_div(items.number, groups);  // whole items
+    const Unit of_group = ceil_div_of_units(items.number, groups);  // whole items
     const Unit wanted =
-        clamp<Unit>(quotient(groups, items.number), 1, ceil_div<Unit>(tiles, least_tiles(items.most_units, shape)));
-    const Unit part = ceil_div(tiles, wanted);
+        clamp<Unit>(quotient_of_units(groups, items.number), 1, ceil_div_of_units<Unit>(tiles, least_of_group));
+    const Unit part = ceil_div_of_units(tiles, wanted);
     const Unit longest = wanted > 1 ? part + cuts.overhead : of_group * items.most_units;
     if (longest <= cuts.units_per_group + cuts.units_per_group / kAlignmentShare + cuts.overhead) {
       if (wanted > 1) {
-        const Unit parts = ceil_div(tiles, part);
+        const Unit parts = ceil_div_of_units(tiles, part);
         cuts.overhead = 0;
         cuts.units_per_group = part;
         cuts.item_span = parts * part;
@@ -107,12 +96,12 @@ MLA_HD Cuts<Unit> make_cuts(const Items<Unit>& items, Shape shape, int32_t group
       } else {
         cuts.units_per_group = longest;
         cuts.item_span = items.most_units;
-        cuts.num_groups = static_cast<int32_t>(ceil_div(items.number, of_group));
+        cuts.num_groups = static_cast<int32_t>(ceil_div_of_units(items.number, of_group));
       }
       return cuts;
     }
   }
-  cuts.num_groups = static_cast<int32_t>(ceil_div(items.units, cuts.units_per_group));
+  cuts.num_groups = static_cast<int32_t>(ceil_div_of_units(items.units, cuts.units_per_group));
   return cuts;
 }
 template <class Unit>
@@ -129,20 +118,43 @@ MLA_HD PlanHeader make_header(const Cuts<Unit>& cuts, int64_t splits_at, int32_t
 }
 
 // For each x the last index i < n with values[i] <= x, where values[0] <= x and values do not fall.
-template <class T, int N>
-MLA_HD void last_not_above(const T* values, int32_t n, const T (&x)[N], int32_t (&found)[N]) {
+template <class Values, class T, int N>
+MLA_HD void last_not_above(const Values& values, int32_t n, const T (&x)[N], int32_t (&found)[N]) {
   for (int k = 0; k < N; ++k) found[k] = 0;
   MLA_ROLLED
-  for (int32_t step = n > 1 ? 1 << log2_of(n - 1) : 0; step > 0; step /= 2)
-    for (int k = 0; k < N; ++k)
-      if (found[k] + step < n && values[found[k] + step] <= x[k]) found[k] += step;
+  for (int32_t step = n > 1 ? 1 << (log2_of(n - 1) & ~1) : 0; step > 0;
+       step /= 4) {  // three at a time: none of them waits for the others
+    for (int k = 0; k < N; ++k) {
+      int32_t steps = 0;
+      for (int32_t at = found[k] + step, i = 0; i < 3; ++i, at += step) steps += at < n && values[at] <= x[k];
+      found[k] += steps * step;
+    }
+  }
 }
-template <class T>
-MLA_HD int32_t last_not_above(const T* values, int32_t n, T x) {
+template <class Values, class T>
+MLA_HD int32_t last_not_above(const Values& values, int32_t n, T x) {
   const T xs[1] = {x};
   int32_t found[1];
   last_not_above(values, n, xs, found);
   return found[0];
+}
+
+// Groups have whole items then: none is split.
+template <class Unit>
+MLA_HD bool are_whole(const Cuts<Unit>& cuts) {
+  return cuts.item_span > 0 && cuts.item_span <= cuts.units_per_group;
+}
+
+// Of uniform queries, whose requests have so many bundles each: where request `request` begins if all items are equally long, and which
+// holds a unit.
+template <class Unit>
+MLA_HD Unit first_unit_of_equal(const Cuts<Unit>& cuts, int32_t bundles, int32_t request) {
+  return Unit{request} * bundles * cuts.item_span;
+}
+template <class Unit>
+MLA_HD int32_t request_of_equal(const Cuts<Unit>& cuts, int32_t bundles, Unit unit) {
+  const Unit item = quotient_of_units(unit, cuts.item_span);
+  return static_cast<int32_t>(bundles > 1 ? quotient_of_units<Unit>(item, bundles) : item);
 }
 
 // One bundle of one request, and where it lies on the line of all items.
@@ -172,7 +184,7 @@ MLA_HD Item<Unit> item_at(const Lengths& lengths, Shape shape, const Cuts<Unit>&
                           Unit unit) {
   const Request info = request_at(lengths, shape, request);
   const Unit span = cuts.item_span > 0 ? cuts.item_span : item_units(info, shape);
-  const Unit bundle = info.row_blocks <= cuts.group_size ? 0 : quotient(unit - first_unit, span);
+  const Unit bundle = info.row_blocks <= cuts.group_size ? 0 : quotient_of_units<Unit>(unit - first_unit, span);
   return make_item(info, shape, cuts, first_unit, request, bundle);
 }
 
@@ -188,7 +200,7 @@ MLA_HD Unit end_unit(const Item<Unit>& item) {
 template <class Unit>
 MLA_HD bool begins_in(const Item<Unit>& item, const Cuts<Unit>& cuts, int32_t g) {
   const Unit from = first_token_unit(item, cuts), begin = g * cuts.units_per_group;
-  return begin <= from && from < begin + cuts.units_per_group;
+  return (begin <= from) & (from < begin + cuts.units_per_group);
 }
 template <class Unit>
 MLA_HD bool goes_beyond(const Item<Unit>& item, const Cuts<Unit>& cuts, int32_t g) {
@@ -218,15 +230,14 @@ MLA_HD Piece make_piece(const Item<Unit>& item, Shape shape, const Cuts<Unit>& c
   return piece;
 }
 
-// PlanWorker::pairs of the workers of group `g`, whose first and last units are those of these items.
+// An end of a group's range: its first unit or its last one.
+enum End { kFirstUnit, kLastUnit };
+// WorkerRange::pairs, as far as it follows from the item that has this end of group `g`. Without branches.
 template <class Unit>
-MLA_HD int32_t pairs_of(const Item<Unit>& first, const Item<Unit>& last, Shape shape, const Cuts<Unit>& cuts,
-                        int32_t g) {
-  auto pair_from = [&](const Item<Unit>& item, int32_t group) {
-    return begins_in(item, cuts, group) && goes_beyond(item, cuts, group) && !goes_beyond(item, cuts, group + 1);
-  };
-  if (!shape.merges_pairs) return 0;
-  return (pair_from(first, g - 1) ? kMergesFirst : 0) | (pair_from(last, g) ? kLeavesLast : 0);
+MLA_HD int32_t pairs_of(const Item<Unit>& item, int32_t end, Shape shape, const Cuts<Unit>& cuts, int32_t g) {
+  const int32_t from = end == kFirstUnit ? g - 1 : g;
+  const bool is_pair = begins_in(item, cuts, from) & goes_beyond(item, cuts, from) & !goes_beyond(item, cuts, from + 1);
+  return is_pair & (shape.merges_pairs != 0) ? (end == kFirstUnit ? kMergesFirst : kLeavesLast) : 0;
 }
 
 // An item for the combine kernel, if its tokens begin in group `g` and go on past its end; false otherwise. No other than the one that
@@ -235,7 +246,7 @@ template <class Unit>
 MLA_HD bool make_split(const Item<Unit>& item, Shape shape, const Cuts<Unit>& cuts, int32_t g, SplitItem& split) {
   if (!begins_in(item, cuts, g) || !goes_beyond(item, cuts, g)) return false;
   if (shape.merges_pairs && !goes_beyond(item, cuts, g + 1)) return false;
-  const int32_t last_group = static_cast<int32_t>(quotient<Unit>(end_unit(item) - 1, cuts.units_per_group));
+  const int32_t last_group = static_cast<int32_t>(quotient_of_units<Unit>(end_unit(item) - 1, cuts.units_per_group));
   split = {item.request,
            item.info.first_token,
            item.info.num_tokens,
@@ -245,34 +256,6 @@ MLA_HD bool make_split(const Item<Unit>& item, Shape shape, const Cuts<Unit>& cu
            partial_slot(g + 1, cuts.group_size, false),
            2 * cuts.group_size};
   return true;
-}
-
-// The piece of item i that group g computes has number i + g, so that all pieces can be written independently: an item's first one
-// from the item, the others from the groups that begin inside it. Where a group begins with an item, one number is unused.
-MLA_HD int64_t max_items(const Lengths& lengths, Shape shape) {
-  return lengths.cu_seqlens_q
-             ? blocks_of(int64_t{lengths.total_q} * lengths.h_q, shape.block_rows) + lengths.num_requests
-             : int64_t{lengths.num_requests} * blocks_of(int64_t{lengths.s_q} * lengths.h_q, shape.block_rows);
-}
-MLA_HD int64_t max_pieces(const Lengths& lengths, Shape shape, int32_t num_workers) {
-  return max_items(lengths, shape) + num_workers;
-}
-
-MLA_HD int32_t partial_slots(int32_t num_workers) {
-  return 2 * num_workers + 1;
-}  // the last holds flags (partials.cuh)
-
-// The planner's own, behind the splits.
-MLA_HD int64_t* first_unit_of(SplitItem* splits, int32_t num_workers) {  // [num_requests + 1]
-  return reinterpret_cast<int64_t*>(splits + num_workers);
-}
-MLA_HD int32_t* first_item_of(SplitItem* splits, int32_t num_workers, int32_t num_requests) {  // [num_requests + 1]
-  return reinterpret_cast<int32_t*>(first_unit_of(splits, num_workers) + num_requests + 1);
-}
-MLA_HD int64_t plan_bytes(const Lengths& lengths, Shape shape, int32_t num_workers) {
-  return splits_at(max_pieces(lengths, shape, num_workers), num_workers) +
-         num_workers * static_cast<int64_t>(sizeof(SplitItem)) +
-         (int64_t{lengths.num_requests} + 1) * static_cast<int64_t>(sizeof(int64_t) + sizeof(int32_t));
 }
 
 }  // namespace mla::schedule
