@@ -1,11 +1,13 @@
 #include "bind_calls.h"
 
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/string_view.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "driver.h"
+#include "entry.h"
 #include "planned.h"
 #include "prepared.h"
 #include "queue.h"
@@ -17,21 +19,6 @@ using namespace nb::literals;
 
 namespace mla {
 namespace {
-
-// Text or None; false for anything else.
-bool read_name(nb::handle value, std::string_view& name) {
-  name = {};
-  return value.is_none() || nb::try_cast(value, name);
-}
-
-// The name in force: the argument, then the context's, then the environment's. False for what is no name.
-bool find_forced(nb::handle argument, nb::handle context, Arguments& arguments) {
-  std::string_view& name = arguments.forced;
-  if (!read_name(argument, name)) return false;
-  if (name.empty() && !read_name(context, name)) return false;
-  if (name.empty()) name = arguments.settings.forced_variant;
-  return true;
-}
 
 using Any = nb::typed<nb::object, nb::any>;
 
@@ -59,24 +46,9 @@ void bind_calls(nb::module_& m) {
       .def("update_checked", &PlannedSchedule::update_checked, "seq_lens"_a, "cu_seqlens_q"_a.none(),
            "The same with tensors that were checked.");
 
-  m.def(
-      "decode_prepared",
-      [](nb::handle q, nb::handle kv_cache, nb::handle block_table, nb::handle seq_lens, nb::handle cu_seqlens_q,
-         nb::handle out, nb::handle lse, nb::handle workspace, nb::handle plan, nb::handle scale, nb::handle causal,
-         nb::handle d_v, nb::handle return_lse, nb::handle batch_invariant, nb::handle max_seq_len, nb::handle variant,
-         nb::handle context_variant) -> Any {
-        Arguments arguments{q,          kv_cache,        block_table, seq_lens, cu_seqlens_q,   out,
-                            lse,        workspace,       plan,        scale,    causal,         d_v,
-                            return_lse, batch_invariant, max_seq_len, {},       read_settings()};
-        nb::object done;
-        if (find_forced(variant, context_variant, arguments)) done = decode_prepared(arguments);
-        return done.is_valid() ? Any(done) : Any(nb::none());
-      },
-      "q"_a.none(), "kv_cache"_a.none(), "block_table"_a.none(), "seq_lens"_a.none(), "cu_seqlens_q"_a.none(),
-      "out"_a.none(), "lse"_a.none(), "workspace"_a.none(), "plan"_a.none(), "scale"_a.none(), "causal"_a.none(),
-      "d_v"_a.none(), "return_lse"_a.none(), "batch_invariant"_a.none(), "max_seq_len"_a.none(), "variant"_a.none(),
-      "context_variant"_a.none(),
-      "What mla.decode returns, if it was called like this before; otherwise None, and nothing is done.");
+  m.def("make_entry", &make_entry, "function"_a, "context_variant"_a, "doc"_a,
+        "mla.decode in C: what was prepared is done at once, and `function` is called for all else. `context_variant` "
+        "returns the name in force or None; `doc` begins with the signature.");
   m.def(
       "decode_first",
       [](nb::handle q, nb::handle kv_cache, nb::handle block_table, nb::handle seq_lens, nb::handle cu_seqlens_q,
@@ -93,7 +65,7 @@ void bind_calls(nb::module_& m) {
       "out"_a.none(), "lse"_a.none(), "workspace"_a.none(), "plan"_a.none(), "scale"_a.none(), "causal"_a.none(),
       "d_v"_a.none(), "return_lse"_a.none(), "batch_invariant"_a.none(), "max_seq_len"_a.none(), "forced"_a,
       "variant"_a, "dtype"_a, "device"_a, "sizes"_a, "chooser"_a.none(),
-      "The same for a call that was checked; prepares for others like it.");
+      "Does a call that was checked, and prepares for others like it; what mla.decode returns.");
 
   m.def(
       "address_range",

@@ -12,6 +12,7 @@
 #include "bind_choice.h"
 #include "bind_params.h"
 #include "driver.h"
+#include "errors.h"
 #include "host_schedule.h"
 #include "images.h"
 #include "launch.h"
@@ -119,30 +120,6 @@ Record host_schedule(const std::vector<int32_t>& seq_lens, const std::optional<s
   result["splits"] = splits;
   result["pairs"] = made.pairs;
   return result;
-}
-
-// ---- Errors ----
-
-void bind_errors(nb::module_& m) {
-  static PyObject* cuda_error = nullptr;
-  const std::string name = nb::cast<std::string>(m.attr("__name__")) + ".CudaError";
-  cuda_error = PyErr_NewExceptionWithDoc(
-      name.c_str(),
-      "A call of the CUDA driver failed: its name `api`, its result `code` and what it means, "
-      "`text`. `code` is -1 when there is no driver that can be used.",
-      PyExc_RuntimeError, nullptr);
-  m.attr("CudaError") = nb::handle(cuda_error);
-  nb::register_exception_translator([](const std::exception_ptr& pointer, void*) {
-    try {
-      std::rethrow_exception(pointer);
-    } catch (const CudaError& error) {
-      nb::object raised = nb::handle(cuda_error)(error.what());
-      raised.attr("api") = error.api();
-      raised.attr("code") = error.code();
-      raised.attr("text") = error.text();
-      PyErr_SetObject(cuda_error, raised.ptr());
-    }
-  });
 }
 
 }  // namespace

@@ -29,15 +29,29 @@ struct Kind {
 struct HashKey {
   size_t operator()(const Key& key) const { return key.hash(); }
 };
+template <class Value>
+using Table = std::unordered_map<Key, std::shared_ptr<const Value>, HashKey>;
 struct Tables {
-  std::unordered_map<Key, std::shared_ptr<const Prepared>, HashKey> prepared;
-  std::unordered_map<Key, std::shared_ptr<const Kind>, HashKey> kinds;
+  Table<Prepared> prepared;
+  Table<Kind> kinds;
+  const Table<Prepared>::value_type* last = nullptr;  // of `prepared`, as it was found last
 };
 
 // Never destroyed: when the process ends, there may be no Python to give objects back to.
 Tables& tables() {
   static auto* all = new Tables;
   return *all;
+}
+
+// What was prepared for a key, null if nothing was. Layers of a model have the same key, so the last one is looked at first.
+std::shared_ptr<const Prepared> find(const Key& key) {
+  auto& [prepared, kinds, last] = tables();
+  if (!last || !(last->first == key)) {
+    const auto found = prepared.find(key);
+    if (found == prepared.end()) return {};
+    last = &*found;
+  }
+  return last->second;
 }
 
 void keep(const Call& call, const std::shared_ptr<const Prepared>& made) {
@@ -121,11 +135,10 @@ std::shared_ptr<const Prepared> prepare_alike(const Arguments& arguments, const 
 nb::object decode_prepared(const Arguments& arguments) {
   Call call;
   if (!recognise(arguments, call)) return {};
-  const auto found = tables().prepared.find(call.key);
   // A copy, as the table may drop it when the GIL is released.
-  std::shared_ptr<const Prepared> prepared;
-  if (found == tables().prepared.end()) prepared = prepare_alike(arguments, call);
-  else if (aligned(*found->second, call) && apart_as_before(*found->second, call)) prepared = found->second;
+  std::shared_ptr<const Prepared> prepared = find(call.key);
+  if (!prepared) prepared = prepare_alike(arguments, call);
+  else if (!aligned(*prepared, call) || !apart_as_before(*prepared, call)) return {};
   return prepared ? queue(*prepared, call) : nb::object();
 }
 

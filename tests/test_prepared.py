@@ -101,6 +101,15 @@ def test_the_second_call_is_prepared(launches: list[Launch], firsts: list[str]) 
         assert _mla.num_prepared() == 1
 
 
+def test_what_was_dropped_is_looked_at_anew(launches: list[Launch], firsts: list[str]) -> None:
+    """Though it was the call that was found last."""
+    for _ in range(2):
+        _mla.forget()
+        for _ in range(3):
+            mla.decode(**as_given())
+    assert firsts == ["first"] * 2
+
+
 @pytest.mark.parametrize("recipe", [Recipe(b=3, s_q=2, h_q=8), Recipe(ragged=True, padded=True)])
 def test_outputs_are_made_each_time(recipe: Recipe, launches: list[Launch]) -> None:
     call = replace(recipe, out=False, lse=False).call()

@@ -1,8 +1,10 @@
-"""`decode`: calls like one before go straight to the extension, others by `first_call`."""
+"""`decode`: calls like one before are done by the extension, others by `first_call`."""
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from collections.abc import Callable
+from inspect import Signature, getdoc, signature
+from typing import Any, Literal, TypeVar, cast, overload
 
 from torch import Tensor
 
@@ -10,6 +12,16 @@ from . import _mla, first_call
 from .dispatch import in_context
 from .inputs import TensorOrPair
 from .plan import Plan
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _in_c(function: F) -> F:
+    """The function that is called like this one, which it calls for what is not prepared."""
+    parameters = signature(function).parameters.values()
+    plain = Signature([each.replace(annotation=each.empty) for each in parameters])
+    doc = f"{function.__name__}{plain}\n--\n\n{getdoc(function)}"
+    return cast(F, _mla.make_entry(function, in_context, doc))
 
 
 @overload
@@ -78,6 +90,7 @@ def decode(
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
+@_in_c
 def decode(
     q: TensorOrPair,
     kv_cache: TensorOrPair,
@@ -141,28 +154,6 @@ def decode(
     Raises TypeError and ValueError for arguments that do not fit, UnsupportedError if no variant or
     not the forced one can run the call, CudaError if the driver refuses.
     """
-    # Written out, as packing arguments takes longer than passing them.
-    done: Tensor | tuple[Tensor, Tensor] | None = _mla.decode_prepared(
-        q,
-        kv_cache,
-        block_table,
-        seq_lens,
-        cu_seqlens_q,
-        out,
-        lse,
-        workspace,
-        plan,
-        scale,
-        causal,
-        d_v,
-        return_lse,
-        batch_invariant,
-        max_seq_len,
-        variant,
-        in_context(),
-    )
-    if done is not None:
-        return done
     return first_call.decode(
         q,
         kv_cache,

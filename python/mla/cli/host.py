@@ -79,7 +79,7 @@ def host_calls(args: Namespace, device: torch.device, most: int) -> list[HostCal
     dtype = next(d for d, name in DTYPES.items() if name == (args.dtype or "bfloat16"))
     page_size = args.page_size or 64
     (variant,) = args.variant or [None]
-    chosen = {"variant": variant, "batch_invariant": args.batch_invariant}
+    batch_invariant: bool = args.batch_invariant
 
     def zeros(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -92,36 +92,47 @@ def host_calls(args: Namespace, device: torch.device, most: int) -> list[HostCal
     out, lse = zeros(B, 1, H_Q, d_v), zeros(B, 1, H_Q, dtype=torch.float32)
 
     def plan_of(b: int) -> mla.Plan:
-        return mla.plan(lens[:b], h_q=H_Q, d_qk=d_qk, dtype=dtype, page_size=page_size, **chosen)
+        return mla.plan(
+            lens[:b],
+            h_q=H_Q,
+            d_qk=d_qk,
+            dtype=dtype,
+            page_size=page_size,
+            variant=variant,
+            batch_invariant=batch_invariant,
+        )
 
     plans = {b: plan_of(b) for b in range(1, B + 1)}
 
-    def decode(
-        b: int, pages: int, given: bool, planned: bool, cache: Tensor = caches[0]
-    ) -> Callable[[], object]:
-        """Its tensors are cut before the clock starts."""
-        arguments = (q[:b], cache, table[:b, :pages], lens[:b])
-        options = {"scale": 0.1, "return_lse": True, **chosen}
-        if given:
-            options |= {"out": out[:b], "lse": lse[:b]}
-        if planned:
-            options["plan"] = plans[b]
-        return lambda: mla.decode(*arguments, **options)
-
-    def steady(given: bool, planned: bool) -> Callable[[int], object]:
-        calls = [decode(B, MAX_PAGES, given, planned, cache) for cache in caches]
-        return lambda i: calls[i % 2]()
+    def decode(b: int, pages: int, given: bool, planned: bool) -> Callable[[int], object]:
+        """As a model's layers write it, in turns. Its tensors are cut before the clock starts."""
+        rows, pages_of, lens_of = q[:b], table[:b, :pages], lens[:b]
+        to, lse_to = (out[:b], lse[:b]) if given else (None, None)
+        plan = plans[b] if planned else None
+        return lambda i: mla.decode(
+            rows,
+            caches[i % 2],
+            pages_of,
+            lens_of,
+            scale=0.1,
+            return_lse=True,
+            out=to,
+            lse=lse_to,
+            plan=plan,
+            batch_invariant=batch_invariant,
+            variant=variant,
+        )
 
     def first(planned: bool) -> Callable[[int], object]:
         # The largest comes first: no other waits for a larger workspace.
         calls = [decode(B - i % B, columns - i // B, True, planned) for i in range(most)]
-        return lambda i: calls[i]()
+        return lambda i: calls[i](i)
 
     return [
-        HostCall("outputs given", steady(True, False)),
-        HostCall("outputs given, with a plan", steady(True, True)),
-        HostCall("outputs made", steady(False, False)),
-        HostCall("outputs made, with a plan", steady(False, True)),
+        HostCall("outputs given", decode(B, MAX_PAGES, True, False)),
+        HostCall("outputs given, with a plan", decode(B, MAX_PAGES, True, True)),
+        HostCall("outputs made", decode(B, MAX_PAGES, False, False)),
+        HostCall("outputs made, with a plan", decode(B, MAX_PAGES, False, True)),
         HostCall("first of a shape", first(False)),
         HostCall("first of a shape, with a plan", first(True)),
         HostCall("plan.update", lambda _: plans[B].update(lens)),
