@@ -297,7 +297,7 @@ def test_preload_brings_in_all_that_a_call_launches(run: Any, variant: dict[str,
     combine = f"mla_combine_%s_v{variant['d_v']}_"
     entries = (f"mla_{name}_%s", f"{combine}few", f"{combine}many")
     names = [n % t for n in entries for t in ("bf16", "fp16")]
-    names += [f"mla_plan_{size}{q}" for size in ("small", "large") for q in ("", "_ragged")]
+    names += [f"mla_plan_{size}{q}" for size in ("few", "small", "large") for q in ("", "_ragged")]
     names += [f"mla_plan_parts_{size}" for size in ("small", "large")]
     assert sorted(got) == sorted((n, 1) for n in names)
 
