@@ -117,26 +117,18 @@ MLA_HD PlanHeader make_header(const Cuts<Unit>& cuts, int64_t splits_at, int32_t
   return header;
 }
 
-// For each x the last index i < n with values[i] <= x, where values[0] <= x and values do not fall.
-template <class Values, class T, int N>
-MLA_HD void last_not_above(const Values& values, int32_t n, const T (&x)[N], int32_t (&found)[N]) {
-  for (int k = 0; k < N; ++k) found[k] = 0;
-  MLA_ROLLED
-  for (int32_t step = n > 1 ? 1 << (log2_of(n - 1) & ~1) : 0; step > 0;
-       step /= 4) {  // three at a time: none of them waits for the others
-    for (int k = 0; k < N; ++k) {
-      int32_t steps = 0;
-      for (int32_t at = found[k] + step, i = 0; i < 3; ++i, at += step) steps += at < n && values[at] <= x[k];
-      found[k] += steps * step;
-    }
-  }
-}
+// The last index i < n with values[i] <= x, where values[0] <= x and values do not fall. Three comparisons at a time: none of them waits
+// for the others.
 template <class Values, class T>
 MLA_HD int32_t last_not_above(const Values& values, int32_t n, T x) {
-  const T xs[1] = {x};
-  int32_t found[1];
-  last_not_above(values, n, xs, found);
-  return found[0];
+  int32_t found = 0;
+  MLA_ROLLED
+  for (int32_t step = n > 1 ? 1 << (log2_of(n - 1) & ~1) : 0; step > 0; step /= 4) {
+    int32_t steps = 0;
+    for (int32_t at = found + step, i = 0; i < 3; ++i, at += step) steps += at < n && values[at] <= x;
+    found += steps * step;
+  }
+  return found;
 }
 
 // Groups have whole items then: none is split.
