@@ -272,6 +272,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
         const bool is_last = tile + 2 >= num_tiles;
         last_slot = place.slot;
         float tile_max[columns * 2], factor[columns * 2];
+        at.wait_for_room(place);
         compute_logits(place);
         if (L::rope > 0 && lane == 0)  // pairs with the producer's wait, a round later
           mbarrier_arrive(at.free(place.after(L::last_chunk).slot));

@@ -102,6 +102,15 @@ struct Memory {
   __device__ __forceinline__ uint32_t q_full() const { return of(offsetof(Smem<C>, q_full)); }
   __device__ __forceinline__ uint32_t q_free() const { return of(offsetof(Smem<C>, q_free)); }
 
+  // Ahead of `full` of a warpgroup's tile. It takes the room of older ones, partly of the other warpgroup's, which is two tiles behind if one
+  // of its chunks is late; and while that is on its way, `full` would be taken for complete by the parity of the round before. Who
+  // releases a chunk of a tile has seen all of it. Pairs with that release; the producer waits for it as well.
+  __device__ __forceinline__ void wait_for_room(RingPlace<C> tile) const {
+    static_assert((C::stages - 1 + L::k_chunks - 1) / L::k_chunks % 2 == 1, "chunk 1 takes the room of the other's");
+    const RingPlace<C> room = tile.after(1);
+    mbarrier_wait(free(room.slot), room.parity ^ 1);
+  }
+
   // By one thread.
   __device__ __forceinline__ void init_mbarriers(bool by_boxes) const {
     for (int slot = 0; slot < C::stages; ++slot) {
