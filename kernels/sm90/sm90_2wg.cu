@@ -103,8 +103,8 @@ __device__ __forceinline__ void decode_pieces(const DecodeParams& p) {
   struct {
     int index, tile, end_tile;  // to be loaded next
     int request, len;
-    Slot slot;    // of the lane's box or row of it, looked up a tile ahead
-    Boxes boxes;  // from the slots of all lanes, once gather() has waited for the look-up
+    Slot slot;               // of the lane's box or row of it, looked up a tile ahead
+    Boxes<kMaxBoxes> boxes;  // from the slots of all lanes, once gather() has waited for the look-up
   } loads{};
   auto look_up = [&] {
     loads.slot = by_boxes ? box_slot(p, loads.request, loads.tile, loads.len)
@@ -122,7 +122,7 @@ __device__ __forceinline__ void decode_pieces(const DecodeParams& p) {
   };
   // Ahead of load_tile(), where there is time; without a branch, as wgmmas may be in flight.
   auto gather = [&] {
-    if constexpr (by_boxes) loads.boxes = all_boxes(p, loads.slot, 0);
+    if constexpr (by_boxes) loads.boxes = boxes_of_tile<kMaxBoxes>(p, loads.slot, 0);
   };
   // This warpgroup's share of tile t: a chunk per warp by boxes, half of the rows and of the chunks per warp by address.
   auto load_tile = [&](int t) {

@@ -17,7 +17,7 @@
 
 #include "../common/dependent.cuh"
 #include "../common/entry.cuh"
-#include "sm90_3wg_memory.cuh"
+#include "sm90_3wg_loads.cuh"
 
 namespace mla::sm90 {
 
@@ -51,149 +51,19 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
     if (warp == 0 && has_boxes(p) && elect_lane()) prefetch_tensor_maps<C>(p);
     wait_for_kernel_before();  // which may have been the planner; all other threads meet this one below
     PieceWalk<C> walk(p);
-    Slot slot{};
-    if (warp < kCopyWarps) slot = has_boxes(p) ? walk.box_slot_at(0) : walk.row_slot_at(0, warp * 32 + lane);
+    Loads<C> loads(p, at, walk, warp);
     named_barrier_arrive(kInputs, C::threads);  // pairs with the consumers' wait
     named_barrier_sync(kBegun, C::threads);     // pairs with the consumers' arrival
     let_next_kernel_start();
     lower_registers<kProducerRegisters>();
-
-    // The chunks of a half of the columns in the order in which they are freed: those of the tile's owner come first, with RoPE.
-    auto half_of = [](int tile, int i) { return (tile + i) & 1; };
-    auto chunks_of = [](int i) { return L::half_chunks + (i == 0 ? L::k_chunks - L::v_chunks : 0); };
-    auto chunk_of = [](int half, int k) { return k < L::half_chunks ? half * L::half_chunks + k : L::last_chunk; };
-
-    // ---- KV by TMA: two warps, half of the columns each, and RoPE to whom the half is freed first ----
-
-    auto load_boxes_of_pieces = [&](int half, auto l2) {
-      RingPlace<C> place;
-      int landed_parity = 0;
-      while (walk.more()) {
-        const int len = warp_uniform(walk.block.len);
-        const int first_tile = warp_uniform(walk.block.first_tile), num_tiles = warp_uniform(walk.block.num_tiles);
-        for (int tile = 0; tile < num_tiles; ++tile, place.advance()) {
-          const int tokens = tokens_of_tile(first_tile + tile, len);
-          const Boxes boxes = all_boxes(p, slot, tile % kLookupTiles);
-          // Of the next tiles: on its way while the stage of this one becomes free.
-          if ((tile + 1) % kLookupTiles == 0) slot = walk.box_slot_at(tile + 1);
-          const int first = half * L::half_chunks;
-          const bool with_rope = L::rope > 0 && tile % 2 == half;
-          auto load = [&](int chunk) {
-            mbarrier_arrive_expect(at.full(place.stage, chunk), kChunkBytes);
-            load_chunk<C>(p, at.tile(place.stage), chunk, boxes, kTileTokens, at.full(place.stage, chunk), l2);
-          };
-          if (with_rope)
-            mbarrier_wait(at.free_rope(place.stage), place.parity ^ 1);  // pairs with finish_logits, a round before
-          if (tokens == kTileTokens) {
-            if (with_rope && elect_lane()) load(L::last_chunk);
-            mbarrier_wait(at.free(place.stage, half), place.parity ^ 1);  // pairs with release(), a round before
-            if (elect_lane()) {
-#pragma unroll
-              for (int k = 0; k < L::half_chunks; ++k) load(first + k);
-            }
-          } else {  // the end of the request: the values behind it become zeros before anybody sees the tile
-            mbarrier_wait(at.free(place.stage, half), place.parity ^ 1);
-            const int chunks = L::half_chunks + with_rope;
-            if (tokens > 0) {
-              if (elect_lane()) {
-                mbarrier_arrive_expect(at.landed(half), chunks * box_bytes(p, tokens));
-#pragma unroll 1
-                for (int k = 0; k < chunks; ++k)
-                  load_chunk<C>(p, at.tile(place.stage), chunk_of(half, k), boxes, tokens, at.landed(half), l2);
-              }
-              mbarrier_wait(at.landed(half), landed_parity);
-              landed_parity ^= 1;
-            }
-            zero_rows(at.tile(place.stage) + first * kChunkBytes, L::half_chunks, tokens, lane, 32);
-            fence_proxy_async();
-            __syncwarp();  // all lanes have fenced their zeros
-            if (lane < chunks) mbarrier_arrive(at.full(place.stage, chunk_of(half, lane)));
-          }
-        }
-        walk.advance();
-        slot = walk.box_slot_at(0);
-      }
-      return place;
-    };
-
-    // ---- KV by address: two warps, 32 rows of a tile each ----
-
-    auto copy_rows_of_pieces = [&] {
-      RingPlace<C> place;
-      RingPlace<C> copying;  // the half that was issued last and is not announced yet
-      int copying_half = 0, copying_chunks = 0;
-      // Copies are announced one half late, so that those of two halves overlap.
-      auto announce = [&] {
-        fence_proxy_async();
-        __syncwarp();  // all lanes have fenced their copies
-        if (lane < copying_chunks) mbarrier_arrive(at.full(copying.stage, chunk_of(copying_half, lane)));
-      };
-      while (walk.more()) {
-        for (int tile = 0; tile < walk.block.num_tiles; ++tile, place.advance()) {
-          const RowAddress row = row_address(p, slot);
-          const RowUnits latent = row_units(row.latent, row.exists);
-          if (tile + 1 < walk.block.num_tiles) slot = walk.row_slot_at(tile + 1, warp * 32 + lane);
-#pragma unroll 1
-          for (int i = 0; i < 2; ++i) {
-            const int half = half_of(tile, i);
-            if (!__all_sync(0xffffffffu, mbarrier_test(at.free(place.stage, half), place.parity ^ 1))) {
-              cp_async_wait<0>();  // who frees this half may first need what is in flight
-              announce();
-              copying_chunks = 0;
-              mbarrier_wait(at.free(place.stage, half), place.parity ^ 1);  // pairs with release(), a round before
-            }
-            // The half that is freed first comes with RoPE, which was free before it: this never waits, but every phase must be seen.
-            if (i == 0 && L::rope > 0) mbarrier_wait(at.free_rope(place.stage), place.parity ^ 1);
-#pragma unroll
-            for (int k = 0; k < L::half_chunks; ++k)
-              copy_rows(at.tile(place.stage) + chunk_of(half, k) * kChunkBytes, warp * 32, latent,
-                        chunk_of(half, k) * kChunkColumns);
-            if (i == 0 && L::rope > 0)
-              copy_rows(at.tile(place.stage) + L::last_chunk * kChunkBytes, warp * 32, row_units(row.rope, row.exists),
-                        0, L::rope);
-            cp_async_commit();
-            cp_async_wait<1>();
-            announce();
-            copying = place, copying_half = half, copying_chunks = chunks_of(i);
-          }
-        }
-        walk.advance();
-        slot = walk.row_slot_at(0, warp * 32 + lane);
-      }
-      cp_async_wait<0>();
-      announce();
-      return place;
-    };
-
-    // ---- behind the last piece: what another worker left of it. Into a stage, while the last tiles are computed ----
-
-    auto load_other_partial = [&](RingPlace<C> place) {
-      const RowBlock block = walk.first_block();
-      if (!has_work(block)) return;
-      constexpr int row_tile_bytes = kFragmentRows * C::d_v * kPartialBytes;
-      static_assert(C::block_rows / kFragmentRows * row_tile_bytes <= L::bytes);
-      const int slot = block.partial_slot - walk.worker.group_size;  // of the group before
-      if (lane == 0) {
-        wait_for_partial(p, C::block_rows, C::d_v, slot);
-        fence_proxy_async_global();  // it was written by ordinary stores
-      }
-      if (L::rope > 0) mbarrier_wait(at.free_rope(place.stage), place.parity ^ 1);
-      for (int half = 0; half < kConsumers; ++half) mbarrier_wait(at.free(place.stage, half), place.parity ^ 1);
-      if (lane == 0) {
-        const int bytes = (min(block.num_rows, C::block_rows) + kFragmentRows - 1) / kFragmentRows * row_tile_bytes;
-        mbarrier_arrive_expect(at.other_there(), bytes);
-        bulk_load(at.tile(place.stage), partial_fragment(p, C::block_rows, C::d_v, slot, 0, 0), bytes,
-                  at.other_there());
-      }
-    };
-
-    if (warp >= kCopyWarps) {
+    static_assert(kCopyWarps == kQWarps);
+    if ((warp & kCopyWarps) != 0) {  // not `>=`: ptxas would take it for unlikely, and put this behind all else
       copy_q_of_pieces<C>(p, walk, at.q(), at.block(0), at.q_full(), at.q_free());
     } else {
-      const RingPlace<C> end = !has_boxes(p)       ? copy_rows_of_pieces()
-                               : walk.reads_once() ? load_boxes_of_pieces(warp, evicted_first())
-                                                   : load_boxes_of_pieces(warp, KeptInL2{});
-      if (warp == 0 && walk.worker.pairs & kMergesFirst) load_other_partial(end);
+      const RingPlace<C> end = !has_boxes(p)        ? loads.rows_of_pieces()
+                               : !walk.reads_once() ? loads.boxes_of_pieces(KeptInL2{})
+                                                    : loads.boxes_of_pieces(evicted_first());
+      if (warp == 0 && walk.worker.pairs & kMergesFirst) loads.other_partial(end);
     }
   } else {
     if (threadIdx.x == 0) at.init_mbarriers(has_boxes(p));
@@ -307,7 +177,7 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
       for (int half = 0; half < 2; ++half) max[half] = kNoMax, sum[half] = 0.f, factor[half] = 1.f;
 
       auto finish_logits = [&](int tile, int stage, float (&tile_max)[2]) {  // behind the wait for them
-        if (L::rope > 0) arrive(at.free_rope(stage));    // pairs with load_boxes_of_pieces, a round later
+        if (L::rope > 0) arrive(at.free_rope(stage));    // pairs with boxes_of_pieces, a round later
         if (tile + 2 >= num_tiles) arrive(at.q_free());  // pairs with copy_q_of_pieces
         scale_logits(s, p.scale_log2);
         if (tile >= unmasked_tiles) {
@@ -328,27 +198,25 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
         release(stage);
       };
 
+      if (warpgroup == 1 && num_tiles == 1) arrive(at.q_free());
+      // Rounds: the values of the other's tile, and the own tile behind it. The first round of warpgroup 0 has no other tile, and the last
+      // one of a warpgroup may have no own. Both are rounds of the second loop, so that there is less code: sm90_3wg.md, "Code that is cold".
       int tile = warpgroup;
       float tile_max[2];
-      if (warpgroup == 0) {  // the first tile has none before it
-        pin(s);
-        issue_first_logits(place);
-        issue_other_logits(place);
-        wgmma_wait<0>();
-        pin(s);
-        finish_logits(0, place.stage, tile_max);
+      auto finish_round = [&] {
+        // With itself: all warps have read the other's P, the own takes its place.
+        named_barrier_sync(kOthersDone + warpgroup, kWarpgroupThreads);
         hand_over(tile_max);
+        if (tile == 0) factor[0] = factor[1] = 1.f;  // there is no O yet to be rescaled
         add_own_values(place.stage);
         place.advance();
-        tile = 2;
-      } else if (num_tiles == 1) {
-        arrive(at.q_free());
-      }
-      // The other's values come before the second half of the logits where memory is the limit, because nobody else reads this KV:
-      // their stage is freed sooner, at the price of a softmax that only the other warpgroup's products hide. Measured: sm90_3wg.md.
-      auto walk = [&](auto values_first) {
+        tile += 2;
+      };
 #pragma unroll 1
-        for (; tile < num_tiles; tile += 2) {
+      while (tile <= num_tiles) {
+        // Others read the same KV: the products of a round beside each other, with both tiles.
+#pragma unroll 1
+        while (!alone && tile > 0 && tile < num_tiles) {
           const int other_stage = place.stage;
           place.advance();
           pin(s);
@@ -357,43 +225,46 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
           wgmma_wait<0>();  // O may be touched
           rescale_rows(o, factor);
           pin(o);
-          if constexpr (values_first.value) {
+          issue_other_logits(place);
+          issue_values_of_other(other_stage);
+          wgmma_wait<1>();  // the logits
+          pin(s);
+          finish_logits(tile, place.stage, tile_max);
+          wgmma_wait<0>();  // the values
+          pin(o);
+          release(other_stage);
+          finish_round();
+        }
+        if (tile > num_tiles) break;
+        // The other's values come before the second half of the logits where memory is the limit, because nobody else reads this KV:
+        // their stage is freed sooner, at the price of a softmax that only the other warpgroup's products hide. Measured: sm90_3wg.md.
+#pragma unroll 1
+        do {
+          const bool has_own = tile < num_tiles, has_other = tile > 0;
+          const int other_stage = place.stage;
+          if (has_other) place.advance();
+          pin(s);
+          if (has_own) issue_first_logits(place);
+          if (has_other) take_max();
+          wgmma_wait<0>();  // O may be touched
+          if (has_other) {
+            rescale_rows(o, factor);
+            pin(o);
             issue_values_of_other(other_stage);
             wgmma_wait<0>();
             pin(o);
             release(other_stage);  // whether the rest of the tile is there or not
-            issue_other_logits(place);
-            wgmma_wait<0>();
-            pin(s);
-            finish_logits(tile, place.stage, tile_max);
-          } else {
-            issue_other_logits(place);
-            issue_values_of_other(other_stage);
-            wgmma_wait<1>();  // the logits
-            pin(s);
-            finish_logits(tile, place.stage, tile_max);
-            wgmma_wait<0>();  // the values
-            pin(o);
-            release(other_stage);
           }
-          // With itself: all warps have read the other's P, the own takes its place.
-          named_barrier_sync(kOthersDone + warpgroup, kWarpgroupThreads);
-          hand_over(tile_max);
-          add_own_values(place.stage);
-          place.advance();
-        }
-      };
-      if (alone) walk(Index<1>{});
-      else walk(Index<0>{});
-      if (tile - 1 < num_tiles) {  // the last tile is the other's
-        take_max();
-        rescale_rows(o, factor);
-        pin(o);
-        issue_values_of_other(place.stage);
-        wgmma_wait<0>();
-        pin(o);
-        release(place.stage);
-        place.advance();
+          if (!has_own) {
+            tile += 2;
+            break;
+          }
+          issue_other_logits(place);
+          wgmma_wait<0>();
+          pin(s);
+          finish_logits(tile, place.stage, tile_max);
+          finish_round();
+        } while (alone && tile <= num_tiles);
       }
 
       // ---- the results; both warpgroups hold the last max ----
@@ -416,7 +287,7 @@ __device__ __forceinline__ void decode_3wg(const DecodeParams& p) {
       const bool has_rows = warp * kFragmentRows < block.num_rows;
       const bool merges = warp_uniform(block.pairs) & kMergesFirst;
       if (merges) {
-        mbarrier_wait(at.other_there(), 0);  // pairs with load_other_partial
+        mbarrier_wait(at.other_there(), 0);  // pairs with other_partial
         if (has_rows) {
           const int slot = block.partial_slot - block.group_size;
           float other_lse2[2], other_run[2];

@@ -74,7 +74,7 @@ __device__ __forceinline__ void decode_swap(const DecodeParams& p) {
         const int loaders = num_tiles == 1 ? kCopyWarps : 1;
         for (int tile = 0; tile < num_tiles; ++tile) {
           const int tokens = tokens_of_tile(first_tile + tile, len);
-          const Boxes boxes = all_boxes(p, slot, tile % kLookupTiles);
+          const auto boxes = boxes_of_tile<kMaxBoxes>(p, slot, tile % kLookupTiles);
           if ((tile + 1) % kLookupTiles == 0) slot = walk.box_slot_at(tile + 1);
           if (tokens == kTileTokens) {
             RingPlace<C> of = place.after(warp);

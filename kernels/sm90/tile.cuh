@@ -112,26 +112,28 @@ __device__ __forceinline__ int box_bytes(const DecodeParams& p, int tokens) {
 }
 // All boxes are issued by an elected lane: a TMA instruction is given uniform registers, and ptxas makes a loop of one that each lane
 // gives its own.
+template <int Most>
 struct Boxes {
-  int page[kMaxBoxes], index[kMaxBoxes];
+  int page[Most], index[Most];
 };
-// Of tile number `tile` of those that box_slot() looked up, by a whole warp.
-__device__ __forceinline__ Boxes all_boxes(const DecodeParams& p, Slot slot, int tile) {
-  Boxes boxes;
+// Of tile number `tile` of those that box_slot() looked up, by a whole warp; at most `Most`, where it has no more.
+template <int Most>
+__device__ __forceinline__ Boxes<Most> boxes_of_tile(const DecodeParams& p, Slot slot, int tile) {
+  Boxes<Most> boxes;
 #pragma unroll
-  for (int i = 0; i < kMaxBoxes; ++i) {
+  for (int i = 0; i < Most; ++i) {
     boxes.page[i] = __shfl_sync(0xffffffffu, pool_page(p, slot), tile * kMaxBoxes + i);
     boxes.index[i] = __shfl_sync(0xffffffffu, slot.index, tile * kMaxBoxes + i);
   }
   return boxes;
 }
 // The boxes of a chunk that begin in the tile's first `tokens`. The bytes count on `barrier`, which must expect box_bytes().
-template <class C, class L2 = KeptInL2>
-__device__ __forceinline__ void load_chunk(const DecodeParams& p, uint32_t tile_at, int chunk, const Boxes& boxes,
+template <class C, int Most, class L2 = KeptInL2>
+__device__ __forceinline__ void load_chunk(const DecodeParams& p, uint32_t tile_at, int chunk, const Boxes<Most>& boxes,
                                            int tokens, uint32_t barrier, L2 l2 = {}) {
   const bool latent = chunk < TileLayout<C>::v_chunks;
 #pragma unroll
-  for (int i = 0; i < kMaxBoxes; ++i) {
+  for (int i = 0; i < Most; ++i) {
     if (i * p.box_rows >= tokens) break;
     tma_load_3d(tile_at + chunk * kChunkBytes + i * p.box_rows * kRowBytes, latent ? &p.latent_map : &p.rope_map,
                 latent ? chunk * kChunkColumns : 0, boxes.index[i], boxes.page[i], barrier, l2);
