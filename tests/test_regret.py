@@ -16,8 +16,8 @@ from test_bench import BENCHMARKS
 MEAN = 1.03  # of time over that of the fastest variant
 WORST = 1.10
 # Dispatch knows what a row of the block table reaches, or what the caller says that the longest
-# request has, not the lengths: two of the random cases, requests of 1 and 14 tokens in a table of one
-# page of 96 or 128, miss it unless they are told.
+# request has, not the lengths: two of the random cases, requests of 1 and of 14 tokens in a table
+# of one page of 96 or 128, miss it unless they are told.
 BLIND_WORST, BLIND_MISSES = 1.13, 2
 # Forced runs of one process: with others, times cannot be compared.
 RECORDED = {"cases": "cases.s*.json", "random_cases": "random_cases.s*.json"}
