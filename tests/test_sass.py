@@ -383,6 +383,17 @@ def test_sm90_boxes_are_loaded_with_a_policy_of_l2_and_without(variant: dict[str
         assert len(boxes) >= 2, (arch, name)
 
 
+@each_variant("sm90_3wg", "sm90_swap")
+def test_sm90_code_of_few_tokens_is_near_the_entry(variant: dict[str, Any]) -> None:
+    """Q's copies and the first box: what is behind some 60 KB comes from memory when it is asked
+    for (kernels/sm90/sm90_3wg.md, "Code that is cold")."""
+    for (arch, name), text in code(variant["name"]).items():
+        for instruction in ("LDGSTS", "UTMALDG"):
+            first = re.search(rf"/\*([0-9a-f]+)\*/[^;\n]*{instruction}", text)
+            assert first is not None, (arch, name)
+            assert int(first[1], 16) < 66 << 10, (arch, name, instruction)
+
+
 @each_variant("sm90_")
 def test_sm90_has_all_its_shared_memory_in_the_dynamic_part(variant: dict[str, Any]) -> None:
     """Which then begins at an address that the swizzle needs; the first KB is the system's."""
