@@ -91,7 +91,7 @@ def test_a_plan_changes_no_bits(row: Variant, shape: str, device: torch.device) 
 
 def test_processes_beside_each_other() -> None:
     """They take turns on the GPU, and what a kernel waits for then comes in another order: here a
-    wait that one late load of KV let through gave other bits in one of some 4,000 reruns."""
+    wait that one late load of KV let through gave other bits in one of some 3,000 reruns."""
     rows = [row for row in GPU_ROWS if not row.unsupported_device(resolve(None))]
     names = {(row.pipeline, row.d_qk): row.name for row in reversed(rows)}.values()
     script = str(Path(__file__).with_name("rerunning.py"))
